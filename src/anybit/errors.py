@@ -1,0 +1,103 @@
+"""Everything anybit raises on purpose.
+
+AnybitError
+ +-- ConfigError (ValueError)          a configuration that cannot be meant
+ |    +-- UnknownMethod                no such quant_method; names the closest and lists all
+ |    +-- InvalidOption                an option's value or name is wrong
+ +-- CheckpointError (ValueError)      a file or tensor that cannot be right
+ |    +-- CorruptFile                  truncated, overlapping, malformed
+ |    +-- MissingTensor                a needed tensor is not stored
+ |    +-- UnexpectedTensor             a stored tensor that nothing consumes
+ |    +-- ShapeMismatch                a tensor's shape or dtype contradicts config or neighbours
+ |    +-- UnsafeFile                   code, pickle, or a path that leaves the folder
+ +-- NotRepresentable (ValueError)     this weight cannot be written in that layout without loss
+ +-- NoKernel (RuntimeError)           nothing here can multiply with this weight; lists every refusal
+ +-- MissingDependency (ImportError)   an optional package is absent; carries the pip line
+ +-- CalibrationNeeded (ValueError)    the method cannot be created from weights alone
+ +-- PluginError                       a plugin's own import or registration failed
+
+A message says what, where (module, tensor, file), why (the numbers) and what the reader can do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AnybitError(Exception):
+    """Base of every error raised on purpose by anybit."""
+
+
+class ConfigError(AnybitError, ValueError):
+    """A configuration that cannot be meant."""
+
+
+class UnknownMethod(ConfigError):
+    """No such quantization method."""
+
+    def __init__(self, method: object, known: Iterable[str]):
+        names = sorted(known)
+        super().__init__(
+            f"unknown quantization method {method!r}{did_you_mean(str(method), names)}. Supported methods: {', '.join(names)}"
+        )
+
+
+class InvalidOption(ConfigError):
+    """An option's name or value is wrong."""
+
+
+class CheckpointError(AnybitError, ValueError):
+    """A file or tensor that cannot be right."""
+
+
+class CorruptFile(CheckpointError):
+    """Truncated, overlapping, overflowing or malformed."""
+
+
+class MissingTensor(CheckpointError):
+    """A needed tensor is not stored."""
+
+
+class UnexpectedTensor(CheckpointError):
+    """A stored tensor that nothing consumes."""
+
+
+class ShapeMismatch(CheckpointError):
+    """A tensor's shape or dtype contradicts the configuration or its neighbours."""
+
+
+class UnsafeFile(CheckpointError):
+    """Code, an unrestricted pickle, or a path that leaves the model folder."""
+
+
+class NotRepresentable(AnybitError, ValueError):
+    """This weight cannot be written in that layout without loss."""
+
+
+class NoKernel(AnybitError, RuntimeError):
+    """No kernel accepts this weight on this device."""
+
+
+class MissingDependency(AnybitError, ImportError):
+    """An optional package is absent."""
+
+    def __init__(self, what: str, package: str, extra: str | None = None):
+        line = f"pip install 'anybit[{extra}]'" if extra else f"pip install {package}"
+        super().__init__(f"{what} needs the package {package!r}, which is not installed. Install it: {line}")
+        self.package = package
+
+
+class CalibrationNeeded(AnybitError, ValueError):
+    """The method cannot be created from weights alone."""
+
+
+class PluginError(AnybitError):
+    """A plugin could not be imported or registered."""
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest of `names`, or an empty string."""
+    by_lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
