@@ -1,0 +1,99 @@
+"""Stored tensors <-> weight, for one module of one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from anybit._lazy import torch
+from anybit.errors import MissingTensor, ShapeMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anybit.weight.weight import Weight
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """What a method may know of a module before any weight is read.
+
+    kind: "linear", "conv1d" (GPT-2's [in, out] storage), "embedding" or "experts". `shape` is always logical: (out, in),
+    (vocabulary, width) or (experts, out, in). `dtype`: of the dense weight, e.g. "bfloat16". `class_name`: of the module.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    has_bias: bool = False
+    class_name: str = "Linear"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One module's stored tensors and how they make a weight. Pure: allocates on the input's device, never writes into it.
+
+    Names are relative to the module and joined with a dot, except those that start with "_", which are appended
+    (`gate_up_proj` + `_blocks`), and "", the module's own name. A bias is not a layout's business.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    # the algorithm (and its options) that this format's own packer uses when it has no calibration data
+    algorithm: ClassVar[str | None] = None
+    # stored tensors whose VALUES decide the shape of the tree (a column order, say); the plan reads them
+    peek: ClassVar[tuple[str, ...]] = ()
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+        """Stored tensors (relative names) -> weight. Raises MissingTensor, ShapeMismatch, CorruptFile."""
+        raise NotImplementedError
+
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        """Weight -> stored tensors, byte for byte what `decode` was given. Raises NotRepresentable."""
+        raise NotImplementedError
+
+    def scheme(self) -> Weight:
+        """The weight on the meta device: the target of an algorithm and the pattern a kernel matches."""
+        raise NotImplementedError
+
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored tensors by relative name: (dtype, shape), from `scheme` alone."""
+        return {
+            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in self.encode(self.scheme()).items()
+        }
+
+    def algorithm_options(self) -> dict[str, object]:
+        """Options for `algorithm`, e.g. the vendor's rule for ranges."""
+        return {}
+
+    # --- helpers for decode ---
+
+    @staticmethod
+    def take(tensors: Mapping[str, Tensor], name: str, dtype: str | tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
+        """`tensors[name]`, checked. Names the tensor, what was expected and what is there."""
+        if name not in tensors:
+            raise MissingTensor(f"tensor {name!r} is not stored; this layout needs it ({dtype}, shape {shape})")
+        tensor = tensors[name]
+        found = str(tensor.dtype).removeprefix("torch.")
+        allowed = (dtype,) if isinstance(dtype, str) else dtype
+        if found not in allowed or tuple(tensor.shape) != tuple(shape):
+            raise ShapeMismatch(
+                f"tensor {name!r} is {found} {tuple(tensor.shape)}, expected {' or '.join(allowed)} {tuple(shape)}"
+            )
+        return tensor
+
+
+def meta(dtype: str, *shape: int) -> Tensor:
+    """An unallocated tensor, for schemes."""
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def join_name(module: str, name: str) -> str:
+    """Full tensor name of a layout's relative one."""
+    if not name or name.startswith("_"):
+        return module + name
+    return f"{module}.{name}" if module else name
