@@ -44,8 +44,6 @@ class Layout:
 
     # the algorithm (and its options) that this format's own packer uses when it has no calibration data
     algorithm: ClassVar[str | None] = None
-    # stored tensors whose VALUES decide the shape of the tree (a column order, say); the plan reads them
-    peek: ClassVar[tuple[str, ...]] = ()
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
         """Stored tensors (relative names) -> weight. Raises MissingTensor, ShapeMismatch, CorruptFile."""
