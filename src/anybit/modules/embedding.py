@@ -1,0 +1,31 @@
+"""A packed `nn.Embedding`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from anybit.modules.packed import PackedWeight
+
+
+class QuantEmbedding(PackedWeight, nn.Embedding):
+    """An `nn.Embedding` whose table stays packed; only the rows asked for are decoded. `dequantize()`: [vocabulary, width]."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None):
+        nn.Module.__init__(self)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        dtype = getattr(torch, self.parts[0].layout.dtype)
+        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=dtype, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = getattr(torch, self.parts[0].layout.dtype)
+        return torch.ops.anybit.embedding(input, self.packed, self.spec, self.embedding_dim, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, layout={type(self.parts[0].layout).__name__}, kernel={self.kernel.name}"
