@@ -7,7 +7,7 @@ method file may register its own. A rule sees the whole product: formats quantiz
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from anybit.errors import PluginError
@@ -31,6 +31,7 @@ class Activation:
 
     dtype: "int8", "e4m3", "e2m1", ...; granularity: "tensor", "token" or "group" (of `group_size` inputs);
     `names`/`tensors`: static scales and the like, as stored; `threshold`: inputs at least this large stay unquantized.
+    `stacked`: the tensors of a stack of experts have a leading experts axis of their own.
     """
 
     rule: str
@@ -41,6 +42,11 @@ class Activation:
     threshold: float = 0.0
     names: tuple[str, ...] = ()
     tensors: tuple[Tensor, ...] = ()
+    stacked: bool = False
+
+    def select(self, expert: int) -> Activation:
+        """What one expert of a stack does to its input."""
+        return replace(self, tensors=tuple(tensor[expert] for tensor in self.tensors), stacked=False) if self.stacked else self
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.names.index(name)]

@@ -202,6 +202,11 @@ def _parameter(node: Node, rows: slice, columns: slice, block: tuple[int, int], 
     return _spread(values, 1, across, columns.start % across, columns.stop - columns.start)
 
 
+def _addend(node: Node, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """A zero or an offset: unlike a factor, an inverted one cannot be used as it is stored."""
+    return (1 / numbers if isinstance(node, Values) and node.inverted else numbers).to(dtype)
+
+
 def _multiply(numbers: Tensor, factor: Tensor, node: Node) -> Tensor:
     return numbers / factor if isinstance(node, Values) and node.inverted else numbers * factor
 
@@ -229,16 +234,24 @@ class Grid(Node):
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
+    def select(self, expert: int) -> Node:
+        chosen: Grid = super().select(expert)  # type: ignore[assignment]
+        if isinstance(self.levels, torch.Tensor) and self.levels.dim() == 2:
+            chosen = replace(chosen, levels=self.levels[expert])
+        if self.group_index is not None and self.group_index.dim() == 2:
+            chosen = replace(chosen, group_index=self.group_index[expert])
+        return chosen
+
     def _values(self, codes: Tensor, rows: slice, columns: slice, parameter: Callable[..., Tensor] = _parameter) -> Tensor:
         dtype = getattr(torch, self.compute)
         numbers = (codes if self.levels is None else tables.look_up(self.levels, codes)).to(dtype)
         place = (rows, columns, self.block, self.group_index)
         if self.zero is not None:
-            numbers = numbers - parameter(self.zero, *place).to(dtype)
+            numbers = numbers - _addend(self.zero, parameter(self.zero, *place), dtype)
         if self.scale is not None:
             numbers = _multiply(numbers, parameter(self.scale, *place).to(dtype), self.scale)
         if self.offset is not None:
-            numbers = numbers + parameter(self.offset, *place).to(dtype)
+            numbers = numbers + _addend(self.offset, parameter(self.offset, *place), dtype)
         return numbers.to(torch.float32)
 
     def _codes(self, rows: slice, columns: slice) -> Tensor:
@@ -496,7 +509,7 @@ class Scaled(Node):
         if self.scale is not None:
             numbers = _multiply(numbers, _parameter(self.scale, rows, columns, (1, 1), None).to(dtype), self.scale)
         if self.offset is not None:
-            numbers = numbers + _parameter(self.offset, rows, columns, (1, 1), None).to(dtype)
+            numbers = numbers + _addend(self.offset, _parameter(self.offset, rows, columns, (1, 1), None), dtype)
         return numbers.to(torch.float32)
 
 
@@ -516,6 +529,10 @@ class Rotate(Node):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.child.shape
+
+    def select(self, expert: int) -> Node:
+        chosen: Rotate = super().select(expert)  # type: ignore[assignment]
+        return replace(chosen, matrix=self.matrix[expert]) if self.matrix is not None and self.matrix.dim() == 3 else chosen
 
     def factor(self, device: torch.device) -> Tensor:
         """float32 [size, size]."""

@@ -26,34 +26,32 @@ def row_bytes(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Unsigned integer codes [..., columns] below 2**bits -> uint8 [..., ceil(columns*bits/8)]. Higher bits are cut off."""
     columns = codes.shape[-1]
-    lead = codes.shape[:-1]
     if bits == 8:
         return (codes & 0xFF).to(torch.uint8) if codes.dtype != torch.uint8 else codes.clone()
     if bits == 16:
-        return (codes.to(torch.int32) & 0xFFFF).to(torch.uint16).view(torch.uint8).reshape(*lead, columns * 2)
+        return (codes.to(torch.int32) & 0xFFFF).to(torch.uint16).view(torch.uint8)
     if bits in (1, 2, 4):
         per_byte = 8 // bits
         padded = torch.nn.functional.pad(codes.to(torch.uint8) & ((1 << bits) - 1), (0, -columns % per_byte))
-        fields = padded.view(*lead, -1, per_byte)
+        fields = padded.unflatten(-1, (-1, per_byte))
         packed = fields[..., 0].clone()
         for position in range(1, per_byte):
             packed |= fields[..., position] << (bits * position)
         return packed
     # eight codes fill `bits` bytes exactly; an int64 holds them for up to 7 bits, 12 and 9..15 go by pairs of words
     padded = torch.nn.functional.pad(codes.to(torch.int64) & ((1 << bits) - 1), (0, -columns % 8))
-    fields = padded.view(*lead, -1, 8)
+    fields = padded.unflatten(-1, (-1, 8))
     stream = torch.zeros(*fields.shape[:-1], bits, dtype=torch.int64, device=codes.device)
     for position in range(8):
         first, shift = divmod(position * bits, 8)
         spread = fields[..., position] << shift
         for byte in range(first, (position * bits + bits + 7) // 8):
             stream[..., byte] |= (spread >> (8 * (byte - first))) & 0xFF
-    return stream.to(torch.uint8).view(*lead, -1)[..., : row_bytes(columns, bits)].contiguous()
+    return stream.to(torch.uint8).flatten(-2)[..., : row_bytes(columns, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Tensor:
     """uint8 [..., bytes] -> the codes start .. start + columns of every row; uint8 up to 8 bits, else int32."""
-    lead = packed.shape[:-1]
     if bits == 8:
         return packed[..., start : start + columns]
     if bits == 16:
@@ -68,10 +66,10 @@ def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Tensor:
             torch.bitwise_right_shift(window, bits * position, out=fields[..., position])
         fields &= (1 << bits) - 1
         skip = start - first * per_byte
-        return fields.view(*lead, -1)[..., skip : skip + columns]
+        return fields.flatten(-2)[..., skip : skip + columns]
     first = start // 8  # a run of eight codes starts on a byte
     window = packed[..., first * bits : row_bytes(start + columns, bits)]
-    window = torch.nn.functional.pad(window, (0, -window.shape[-1] % bits)).to(torch.int32).view(*lead, -1, bits)
+    window = torch.nn.functional.pad(window, (0, -window.shape[-1] % bits)).to(torch.int32).unflatten(-1, (-1, bits))
     fields = torch.empty(*window.shape[:-1], 8, dtype=torch.int32, device=packed.device)
     for position in range(8):
         byte, shift = divmod(position * bits, 8)
@@ -80,7 +78,7 @@ def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Tensor:
             value = value | (window[..., byte + further] << (8 * further))
         fields[..., position] = (value >> shift) & ((1 << bits) - 1)
     skip = start - first * 8
-    codes = fields.view(*lead, -1)[..., skip : skip + columns]
+    codes = fields.flatten(-2)[..., skip : skip + columns]
     return codes.to(torch.uint8) if bits <= 8 else codes
 
 

@@ -63,7 +63,8 @@ class Weight:
 
     def select(self, expert: int) -> Weight:
         """The matrix of one expert."""
-        return replace(self, tree=self.tree.select(expert), extras=_EMPTY)
+        activation = self.activation.select(expert) if self.activation is not None else None
+        return Weight(self.tree.select(expert), self.dtype, activation)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Weight:
         """The same weight with every tensor, extras included, replaced by `change(tensor)`."""

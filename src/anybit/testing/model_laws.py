@@ -1,0 +1,96 @@
+"""Laws about whole models: logits against the vendor's, 11 and 12."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import safe_open
+
+from anybit.modules import PackedWeight
+from anybit.testing.goldens import Golden, prepared
+from anybit.testing.memory import enlarge, enlarged_checkpoint, peak_of_load
+from anybit.testing.stored_laws import raw
+from anybit.weight import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# law 11 allows what Python and the allocator need beside weights
+SLACK_BYTES = 300 << 20
+
+
+class ModelLaws:
+    """Checkpoint -> model -> checkpoint."""
+
+    method: ClassVar[str]
+    load_options: ClassVar[dict[str, Any]] = {}
+
+    def logits_of_reference(self, golden: Golden) -> tuple[Tensor, float, dict[str, Any]]:
+        """(vendor's logits, allowed difference, load options that give the same arithmetic). Hook for odd fixtures."""
+        fixture, reference = golden.fixture, golden.reference
+        for name, tolerance in (("logits_fp32", "logits_fp32_atol"), ("logits_dense", "logits_dense_atol")):
+            if name in reference:
+                return reference[name], fixture[tolerance], {"dtype": torch.float32}
+        in_float32 = "float32" in fixture.get("logits_note", "")
+        return reference["logits"], fixture["logits_atol"], {"dtype": torch.float32} if in_float32 else {}
+
+    def test_logits_are_the_vendors(self, golden: Golden) -> None:
+        from anybit.engine.load import load
+
+        wanted, tolerance, options = self.logits_of_reference(golden)
+        model: Any = load(golden.checkpoint, **{**options, **self.load_options})
+        assert any(isinstance(module, PackedWeight) for module in model.modules()), "nothing stayed packed"
+        with torch.no_grad():
+            logits = model(golden.reference["input_ids"]).logits.float()
+        error = (logits - wanted).abs().max().item()
+        assert error <= tolerance, f"logits differ by {error:.4g}, allowed {tolerance:.4g}"
+
+    # --- 11 ---
+
+    def enlarge(self, layout: Layout, shape: tuple[int, ...], extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hook: stored tensors of a weight of another shape, for formats whose extras or parameters depend on it."""
+        return enlarge(layout, shape, extras)
+
+    def test_law_11_peak_memory_of_a_load(self, tmp_path: Path) -> None:
+        golden = self.all_goldens()[0]  # type: ignore[attr-defined]
+        checkpoint = enlarged_checkpoint(golden, tmp_path / "large", stored_as=self.enlarge)
+        peak, packed, largest = peak_of_load(checkpoint.path)
+        limit = packed + largest + SLACK_BYTES
+        assert checkpoint.dense_bytes > limit, "the model is too small to tell a packed load from a dense one"
+        assert peak < limit, (
+            f"load took {peak >> 20} MB, allowed {limit >> 20} MB (packed {packed >> 20} MB, largest module {largest >> 20} MB)"
+        )
+
+    # --- 12 ---
+
+    def test_law_12_load_and_save_give_back_the_bytes(self, golden: Golden, tmp_path: Path) -> None:
+        from anybit.engine.load import load
+
+        model: Any = load(golden.checkpoint, **self.load_options)
+        model.save_pretrained(tmp_path / "saved")
+        ours, stored = (
+            _all_tensors(tmp_path / "saved"),
+            {info: prepared(golden).checkpoint.read(info) for info in prepared(golden).checkpoint.tensors},
+        )
+        ignored = prepared(golden).plan.ignored
+        assert set(ours) | set(ignored) == set(stored), (
+            f"only saved: {sorted(set(ours) - set(stored))}, only stored: {sorted(set(stored) - set(ours) - set(ignored))}"
+        )
+        for name, tensor in ours.items():
+            assert (tensor.dtype, tensor.shape) == (stored[name].dtype, stored[name].shape), name
+            assert raw(tensor) == raw(stored[name]), f"bytes of {name} changed"
+        config = json.loads((tmp_path / "saved" / "config.json").read_text())
+        before = json.loads((golden.path / "config.json").read_text())
+        assert config["quantization_config"] == before["quantization_config"]
+
+
+def _all_tensors(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    return found
