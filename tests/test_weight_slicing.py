@@ -16,7 +16,7 @@ from anybit.weight.activation import Activation
 from anybit.weight.joining import join_rows, split_rows, stack, unstack
 from anybit.weight.slicing import slice_columns, slice_rows
 from anybit.weight.weight import Weight, same
-from tests.test_weight_nodes import assert_equal, part_of
+from test_weight_nodes import assert_equal, part_of
 
 bounded = settings(max_examples=100, deadline=None)
 

@@ -1,0 +1,42 @@
+"""From what a user names (a folder, a file, a hub id) to a local folder and the quantizer of its checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from anybit.errors import CheckpointError
+from anybit.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+from anybit.quantizers.base import HfQuantizer
+
+# what a packed load reads; weights of other frameworks and code are never fetched
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja"]
+
+
+def locate(path: str | os.PathLike[str], **hub_options: Any) -> Path:
+    """A local folder or file. Anything that is not one is taken for a hub id and fetched through huggingface_hub."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    name = str(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name!r} is neither a folder or file here nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{name!r} is no folder here, and the hub could not be asked for it: {error}") from error
+
+
+def read_quantizer(path: Path, quantization_config: Any = None) -> HfQuantizer | None:
+    """The quantizer of a checkpoint, of the given configuration, or of both merged; None for a dense load."""
+    stored = AutoQuantizationConfig.find(path)
+    if stored is None and quantization_config is None:
+        return None
+    if stored is None:
+        return AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    merged = AutoHfQuantizer.merge_quantization_configs(stored, quantization_config)
+    return AutoHfQuantizer.from_config(merged, pre_quantized=True)

@@ -1,0 +1,87 @@
+"""One way to write a checkpoint, for saving, quantizing, dequantizing and converting: jobs that make a few tensors each.
+
+Headers are written first, from predicted shapes; then one job's tensors at a time, so memory stays at one job whatever the
+size of the model. The folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anybit.containers.writer import SafetensorsWriter, atomic_folder
+
+Spec = tuple[str, tuple[int, ...]]  # dtype name, shape
+
+# what a checkpoint folder holds beside weights and configuration, and goes with the model unchanged
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+NOT_COPIED = ("config.json", ".index.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Makes the tensors whose names and specs it announced. `label` is what progress shows."""
+
+    label: str
+    specs: Mapping[str, Spec]
+    make: Callable[[], Mapping[str, Tensor]]
+
+
+def write_checkpoint(
+    target: str | os.PathLike[str],
+    jobs: Sequence[Job],
+    config: Mapping[str, Any] | bytes,
+    *,
+    order: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_size: int | str = "5GB",
+    copy_from: Iterable[Path] = (),
+    extra_files: Mapping[str, bytes] | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Write weights, config.json and side files to the folder `target`, atomically; returns it.
+
+    `order`: tensor names in the order they lie in the file (default: as the jobs announce them). Raises FileExistsError
+    unless `force`; nothing is left behind on any error.
+    """
+    specs: dict[str, Spec] = {}
+    for job in jobs:
+        specs.update(job.specs)
+    if order is not None and set(order) == set(specs):
+        specs = {name: specs[name] for name in order}
+    with atomic_folder(Path(target), force=force) as folder:
+        with SafetensorsWriter(folder, specs, max_shard_size=max_shard_size, metadata=dict(metadata or {"format": "pt"})) as writer:
+            for number, job in enumerate(jobs):
+                made = job.make()
+                for name, tensor in made.items():
+                    writer.write(name, tensor)
+                del made
+                if progress is not None:
+                    progress(job.label, number + 1, len(jobs))
+        for file in copy_from:
+            shutil.copyfile(file, folder / file.name)
+        for name, content in (extra_files or {}).items():
+            (folder / name).write_bytes(content)
+        text = config if isinstance(config, bytes) else (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        (folder / "config.json").write_bytes(text)
+    return Path(target)
+
+
+def side_files(folder: Path, drop: Iterable[str] = ()) -> list[Path]:
+    """Tokenizer, generation config and the like of a checkpoint folder; `drop`: names that no longer hold."""
+    if not folder.is_dir():
+        return []
+    dropped = set(drop)
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix in SIDE_SUFFIXES and not file.name.endswith(NOT_COPIED) and file.name not in dropped
+    ]

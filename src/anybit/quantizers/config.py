@@ -1,0 +1,246 @@
+"""What all configuration classes share: names of the methods, dictionaries in and out, and how a file is recognized."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from anybit.errors import ConfigError, InvalidOption, did_you_mean
+
+
+class QuantizationMethod(str, Enum):
+    """The values of `quant_method` that transformers 5.23 knows."""
+
+    BITS_AND_BYTES = "bitsandbytes"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    AQLM = "aqlm"
+    VPTQ = "vptq"
+    QUANTO = "quanto"
+    EETQ = "eetq"
+    HIGGS = "higgs"
+    HQQ = "hqq"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    FBGEMM_FP8 = "fbgemm_fp8"
+    TORCHAO = "torchao"
+    GGUF = "gguf"
+    BITNET = "bitnet"
+    SPQR = "spqr"
+    FP8 = "fp8"
+    QUARK = "quark"
+    FPQUANT = "fp_quant"
+    AUTOROUND = "auto-round"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    MXFP8 = "mxfp8"
+    METAL = "metal"
+    FOUR_OVER_SIX = "fouroversix"
+    SINQ = "sinq"
+    GEMMA = "gemma"
+
+
+def method_of(name: str) -> QuantizationMethod | str:
+    """The member of that value; the text itself for dialects and plugins."""
+    try:
+        return QuantizationMethod(name)
+    except ValueError:
+        return name
+
+
+class QuantizationConfigMixin:
+    """Base of every configuration. Unknown arguments raise; unknown keys of a file are kept in `extra_fields`.
+
+    A class says about itself, so that no shared file has to know it:
+    method: its `quant_method`. aliases: legacy key of a file -> present argument. claims: keys that mean this method when
+    true, whatever `quant_method` says. config_keys: top-level keys of config.json that may hold it. side_files: files beside
+    config.json that may hold it. loading_attributes: options a user may change on a quantized checkpoint.
+    """
+
+    method: ClassVar[str] = ""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    claims: ClassVar[tuple[str, ...]] = ()
+    config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
+    side_files: ClassVar[tuple[str, ...]] = ()
+    loading_attributes: ClassVar[tuple[str, ...]] = ()
+
+    quant_method: QuantizationMethod | str
+    extra_fields: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = parameters_of(cls)
+        for name in kwargs:
+            if known is not None and name not in known:
+                raise InvalidOption(
+                    f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}. Options: {', '.join(known)}"
+                )
+        self = super().__new__(cls)
+        self.extra_fields = {}
+        return self
+
+    def __post_init__(self) -> None:
+        self.quant_method = method_of(self.method)
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Check the options; called after construction and after `update`. Raises InvalidOption."""
+
+    # --- which file, which quantizer ---
+
+    @classmethod
+    def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
+        """Whether a dictionary whose `quant_method` is missing or unregistered is this method's."""
+        return False
+
+    @classmethod
+    def found_in(cls, folder: Path, model_config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """This method's configuration in a folder whose config.json has no `quantization_config`, or None."""
+        from anybit.quantizers.checkpoint_config import read_json
+
+        for key in cls.config_keys:
+            inside = model_config.get(key)
+            if isinstance(inside, dict) and cls._owns(inside):
+                return inside
+        for name in cls.side_files:
+            if (folder / name).is_file():
+                inside = read_json(folder / name)
+                if cls._owns(inside):
+                    return inside
+        return None
+
+    @classmethod
+    def _owns(cls, config_dict: Mapping[str, Any]) -> bool:
+        named = config_dict.get("quant_method")
+        return named == cls.method if named is not None else cls.recognizes(config_dict)
+
+    @classmethod
+    def in_context(cls, config_dict: dict[str, Any], model_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The dictionary completed by what the rest of config.json says; for formats that scatter their settings."""
+        return config_dict
+
+    def dispatch_key(self) -> str:
+        """The name its quantizer is registered under. Raises ConfigError when the options do not name one."""
+        method = getattr(self, "quant_method", None)
+        if method is None:
+            raise ConfigError(f"{type(self).__name__} sets no quant_method, so no quantizer can be found for it")
+        return method.value if isinstance(method, Enum) else str(method)
+
+    def adopt(self, stored: QuantizationConfigMixin) -> QuantizationConfigMixin | None:
+        """A configuration of this class for a checkpoint of another method that shares its tensors, or None."""
+        return None
+
+    # --- dictionaries ---
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From a checkpoint's dictionary; `kwargs` that name options override it, the others can be handed back."""
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(f"{cls.__name__} is built from a dictionary, not from {type(config_dict).__name__} {config_dict!r}")
+        given = cls.modernize(copy.deepcopy(dict(config_dict)))
+        for old, new in cls.aliases.items():
+            if given.get(old) is not None and given.get(new) is None:
+                given[new] = given.pop(old)
+        known = parameters_of(cls)
+        options = {name: value for name, value in given.items() if known is None or name in known}
+        try:
+            config = cls(**options)
+        except TypeError as error:
+            if isinstance(error, ConfigError) or "required" not in str(error):
+                raise
+            raise InvalidOption(f"{cls.__name__}: the configuration lacks {str(error).partition(': ')[2]}; it has {sorted(given)}") from error
+        own = config.to_dict()
+        config.extra_fields = {name: value for name, value in given.items() if name not in options and name not in own}
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def modernize(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """A file's dictionary (a copy) with legacy spellings replaced; what cannot be an option stays an extra field."""
+        return config_dict
+
+    def own_dict(self) -> dict[str, Any]:
+        """What `to_dict` writes, without the unknown keys of the file."""
+        return {name: _plain(value) for name, value in self.__dict__.items() if name != "extra_fields"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for config.json, unknown keys of the original file included."""
+        return {**copy.deepcopy(self.extra_fields), **self.own_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict`, or for some classes only what differs from the defaults."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Indented JSON of `to_diff_dict` or `to_dict`, keys sorted."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the full dictionary as JSON."""
+        Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set the options among `kwargs`, check them, return the rest. Nothing changes when the check fails."""
+        before = dict(self.__dict__)
+        names = [name for name in kwargs if name in self.__dict__ and name not in ("extra_fields", "quant_method")]
+        try:
+            for name in names:
+                setattr(self, name, kwargs[name])
+            if names:
+                self.post_init()
+        except Exception:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        return {name: value for name, value in kwargs.items() if name not in names}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Options that may be changed when a quantized checkpoint is loaded."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.loading_attributes}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string(use_diff=False)}"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def difference(config: QuantizationConfigMixin, default: QuantizationConfigMixin) -> dict[str, Any]:
+    """The entries of `to_dict` that the default does not have."""
+    plain = default.to_dict()
+    return {name: value for name, value in config.to_dict().items() if name not in plain or value != plain[name]}
+
+
+@functools.cache
+def parameters_of(cls: type) -> tuple[str, ...] | None:
+    """Names a constructor takes, through `**kwargs` to the base class; None when it takes any."""
+    names: list[str] = []
+    for owner in cls.__mro__:
+        if "__init__" not in owner.__dict__ or owner is object:
+            continue
+        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
+        names += [item.name for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+        if not any(item.kind is item.VAR_KEYWORD for item in parameters):
+            return tuple(dict.fromkeys(names))
+    return None if names else ()
+
+
+def _plain(value: Any) -> Any:
+    """Plain data: enum members become their values, objects are copied."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_plain(inside) for inside in value]
+    return copy.deepcopy(value)

@@ -1,0 +1,182 @@
+"""Names -> configuration and quantizer classes. Filled by the method files and plugins themselves, when they are imported.
+
+A look-up imports the one file the name points to; on a miss every method file, then the plugins of the entry point group.
+There is no list of methods anywhere: the folder `anybit/methods` is the list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from anybit.errors import InvalidOption, PluginError, UnknownMethod
+from anybit.quantizers.config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from anybit.quantizers.base import HfQuantizer
+
+ENTRY_POINT_GROUP = "anybit.methods"
+METHODS_PACKAGE = "anybit.methods"
+Class = TypeVar("Class", bound=type)
+
+_configs: dict[str, type[QuantizationConfigMixin]] = {}
+_quantizers: dict[str, type[HfQuantizer]] = {}
+_state = {"methods": False, "plugins": False}
+
+
+def register_quantization_config(method: str) -> Callable[[Class], Class]:
+    """Class decorator: make a QuantizationConfigMixin subclass the configuration of `quant_method` = `method`."""
+
+    def register(cls: Class) -> Class:
+        _register(_configs, "configuration", method, cls, QuantizationConfigMixin)
+        return cls
+
+    return register
+
+
+def register_quantizer(name: str) -> Callable[[Class], Class]:
+    """Class decorator: make an HfQuantizer subclass the quantizer of that name."""
+
+    def register(cls: Class) -> Class:
+        from anybit.quantizers.base import HfQuantizer
+
+        _register(_quantizers, "quantizer", name, cls, HfQuantizer)
+        return cls
+
+    return register
+
+
+def _register(table: dict[str, Any], what: str, name: str, cls: Any, base: type) -> None:
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise TypeError(f"{cls!r} cannot be the {what} {name!r}: it must be a class derived from anybit's {base.__name__}")
+    find_module(name)  # a built-in method's file registers first, so that a plugin cannot take its name
+    taken = table.get(name)
+    if taken is not None:
+        raise InvalidOption(
+            f"the {what} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}; "
+            f"{cls.__module__}.{cls.__qualname__} needs another name"
+        )
+    table[name] = cls
+
+
+# --- look-up -------------------------------------------------------------------------------------------------------------
+
+
+def module_names() -> list[str]:
+    """Method files, by name."""
+    package = importlib.import_module(METHODS_PACKAGE)
+    return sorted(item.name for item in pkgutil.iter_modules(package.__path__) if not item.name.startswith("_"))
+
+
+def find_module(name: str) -> None:
+    """Import the method file that `name` points to: its own spelling, or the part before a `_suffix`."""
+    known = module_names()
+    stem = name.replace("-", "_")
+    while stem:
+        if stem in known:
+            importlib.import_module(f"{METHODS_PACKAGE}.{stem}")
+            return
+        stem = stem.rpartition("_")[0]
+
+
+def import_methods() -> None:
+    """Import every method file."""
+    if not _state["methods"]:
+        for name in module_names():
+            importlib.import_module(f"{METHODS_PACKAGE}.{name}")
+        _state["methods"] = True
+
+
+def import_plugins(wanted: str) -> None:
+    """Import every plugin once. PluginError names the first that fails."""
+    if _state["plugins"]:
+        return
+    from importlib.metadata import entry_points
+
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name != wanted)
+    for point in found:
+        try:
+            point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist is not None else "an unknown package"
+            raise PluginError(
+                f"plugin {point.name!r} ({point.value}, installed by {package}) failed while quantization method {wanted!r} "
+                f"was looked for: {type(error).__name__}: {error}. Repair it or uninstall {package}"
+            ) from error
+        if point.name == wanted and (wanted in _configs or wanted in _quantizers):
+            return
+    _state["plugins"] = True
+
+
+def _find(look: Callable[[], Any], name: str) -> Any:
+    """`look()` after each step, cheapest step first; None when the last one changes nothing."""
+    steps: list[Callable[[], None]] = [lambda: find_module(name), import_methods, lambda: import_plugins(name)]
+    for step in steps:
+        found = look()
+        if found is not None:
+            return found
+        step()
+    return look()
+
+
+def quantizer_class(name: str) -> type[HfQuantizer]:
+    """The quantizer class of that name. UnknownMethod names the closest and lists all."""
+    found: type[HfQuantizer] | None = _find(lambda: _quantizers.get(name), name)
+    if found is None:
+        raise UnknownMethod(name, _quantizers)
+    return found
+
+
+def config_class(name: str) -> type[QuantizationConfigMixin] | None:
+    """The configuration class of that registered name or `quant_method`; None when there is none."""
+
+    def look() -> type[QuantizationConfigMixin] | None:
+        return _configs.get(name) or next((cls for cls in _configs.values() if cls.method == name), None)
+
+    found: type[QuantizationConfigMixin] | None = _find(look, name)
+    return found
+
+
+def config_classes() -> list[type[QuantizationConfigMixin]]:
+    """Every configuration class, each once."""
+    import_methods()
+    return list(dict.fromkeys(_configs.values()))
+
+
+def method_names() -> list[str]:
+    """Every name a quantizer is registered under."""
+    import_methods()
+    return sorted(_quantizers)
+
+
+Value = TypeVar("Value")
+
+
+class LiveMapping(Mapping[str, Value], Generic[Value]):
+    """A view of a registry: a look-up imports what it needs, iteration imports every method file."""
+
+    def __init__(self, table: dict[str, Value]):
+        self._table = table
+
+    def __getitem__(self, name: str) -> Value:
+        found: Value | None = _find(lambda: self._table.get(name), name) if isinstance(name, str) else None
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        import_methods()
+        return iter(list(self._table))
+
+    def __len__(self) -> int:
+        import_methods()
+        return len(self._table)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(sorted(self))})"
+
+
+AUTO_QUANTIZER_MAPPING: LiveMapping[type[HfQuantizer]] = LiveMapping(_quantizers)
+AUTO_QUANTIZATION_CONFIG_MAPPING: LiveMapping[type[QuantizationConfigMixin]] = LiveMapping(_configs)
