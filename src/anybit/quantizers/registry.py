@@ -180,3 +180,12 @@ class LiveMapping(Mapping[str, Value], Generic[Value]):
 
 AUTO_QUANTIZER_MAPPING: LiveMapping[type[HfQuantizer]] = LiveMapping(_quantizers)
 AUTO_QUANTIZATION_CONFIG_MAPPING: LiveMapping[type[QuantizationConfigMixin]] = LiveMapping(_configs)
+
+
+def class_named(name: str) -> type | None:
+    """A configuration or quantizer class by its own name, e.g. "GPTQConfig"; None when no method file has it."""
+    import_methods()
+    for cls in [*_configs.values(), *_quantizers.values()]:
+        if cls.__name__ == name:
+            return cls
+    return None
