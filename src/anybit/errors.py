@@ -96,6 +96,12 @@ class PluginError(AnybitError):
     """A plugin could not be imported or registered."""
 
 
+def located(error: AnybitError, where: object) -> AnybitError:
+    """The same error with a place (a file, a module) in front of its message."""
+    error.args = (f"{where}: {error}",)
+    return error
+
+
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `names`, or an empty string."""
     by_lower = {name.lower(): name for name in names}

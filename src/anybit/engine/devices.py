@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from anybit.errors import InvalidOption
-
-if TYPE_CHECKING:
-    from anybit.engine.plan import Plan
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -71,7 +68,7 @@ class Placement:
         return self.whole is None and (len(set(map(str, self.device_map.values()))) > 1 or "disk" in self.device_map.values())
 
 
-def place(model: nn.Module, plan: Plan, device_map: Any, max_memory: Mapping[Any, Any] | None) -> Placement:
+def place(model: nn.Module, device_map: Any, max_memory: Mapping[Any, Any] | None) -> Placement:
     """The placement a user asked for. Automatic maps count packed bytes, as the layers are already packed on meta."""
     if device_map is None or isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and device_map not in AUTOMATIC):
         if device_map == "disk":

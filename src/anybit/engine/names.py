@@ -4,106 +4,201 @@ transformers renames modules between a checkpoint and its classes and fuses expe
 dense tensors (`experts.*.gate_proj.weight`), so a packed tensor is placed by the dense name it stands for:
 
     ...experts.3.gate_proj.qweight  ->  ask for ...experts.3.gate_proj.weight  ->  part (3, 0) of ...experts.gate_up_proj
+
+Conversions that only stack experts and concatenate rows keep their parts apart, packed or dense. Any other conversion
+(transposes, splits, rotary permutations) is applied to dense tensors by transformers' own operations.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from anybit.engine.skeleton import Slot
+from anybit.errors import CorruptFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Index = tuple["int | None", "int | None"]  # (expert, position among the rows); None where a weight is not cut that way
+WHOLE: Index = (None, None)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a stored tensor goes: a weight slot, which part of it, and the tensor's name within the part.
+@dataclass
+class Conversion:
+    """Several stored dense tensors that become one or several tensors of the model by transformers' operations."""
 
-    `prefix` is the checkpoint's name of the part (its module, or the 3-D parameter). `index`: (expert, row position).
-    """
+    converter: Any
+    renamed: str
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (stored name, the converter's pattern)
 
-    slot: str
+    @property
+    def targets(self) -> list[str]:
+        """Model keys this conversion makes."""
+        first, *others = self.converter.target_patterns
+        return [self.renamed, *(self.renamed.replace(first, other) for other in others)]
+
+    def run(self, read: Callable[[str], Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Model key -> tensor."""
+        converter = copy.deepcopy(self.converter)
+        for name, pattern in sorted(self.sources, key=lambda source: _natural(source[0])):
+            converter.add_tensor(self.renamed, name, pattern, read(name))
+        made: dict[str, Any] = converter.convert(self.renamed, model=model, config=model.config)
+        found = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        missing = [target for target in self.targets if target not in found]
+        if missing:
+            raise CorruptFile(
+                f"{[name for name, _ in self.sources][:4]} could not be converted to {missing[0]!r}: they gave {sorted(found)}"
+            )
+        return found
+
+
+@dataclass
+class Part:
+    """Stored tensors of one unit of a weight: relative name -> stored name. `prefix`: the unit's checkpoint name."""
+
     prefix: str
-    relative: str
-    index: tuple[int | None, int | None] = (None, None)
+    stored: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Sorted:
+    """Every stored tensor in its place. `parts`: slot -> index -> part; `plain` and `conversions`: by model key."""
+
+    parts: dict[str, dict[Index, Part]] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+    conversions: dict[str, Conversion] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
 
 
 class Names:
-    """The names of one model class, looked up both ways."""
+    """The names of one model class."""
 
     def __init__(self, model: nn.Module, slots: dict[str, Slot]):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self.renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.state: dict[str, Any] = dict(model.state_dict())
         self.slots = slots
         self.base_model_prefix = model.base_model_prefix
-        self._parts: dict[str, tuple[str, tuple[int | None, int | None]] | None] = {}
-        self.converter_of: dict[str, Any] = {}  # state dict key -> converter that builds it from several stored tensors
+        self._parts: dict[str, tuple[str, Index] | None] = {}
 
-    def rename(self, key: str) -> tuple[str, str | None]:
-        """The model's name of a stored dense tensor, and the converter's pattern if several tensors become one."""
+    def sort(self, keys: Iterable[str]) -> Sorted:
+        """Place every stored tensor."""
+        found = Sorted()
+        for key in keys:
+            renamed, converter, pattern = self.rename(key)
+            if converter is not None and not _keeps_parts(converter):
+                conversion = Conversion(converter, renamed)
+                targets = conversion.targets
+                if all(target in self.state for target in targets):
+                    conversion = found.conversions.setdefault(targets[0], conversion)
+                    conversion.sources.append((key, pattern))
+                    found.conversions.update(dict.fromkeys(targets[1:], conversion))
+                    continue
+            place = self._place(key, renamed)
+            if place is not None:
+                slot, index, prefix, relative = place
+                found.parts.setdefault(slot, {}).setdefault(index, Part(prefix)).stored[relative] = key
+            elif renamed in self.state and converter is None:
+                found.plain[renamed] = key
+            elif renamed in self.state:
+                conversion = found.conversions.setdefault(renamed, Conversion(converter, renamed))
+                conversion.sources.append((key, pattern))
+            else:
+                found.unknown.append(key)
+        return found
+
+    def rename(self, key: str) -> tuple[str, Any, str]:
+        """The model's name of a stored dense tensor; with the converter and its pattern if several become one."""
         from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(key, self.renamings, self.converters, self.base_model_prefix, self.state)
         if renamed not in self.state and key in self.state:
-            return key, None
-        if pattern is not None and renamed in self.state:
-            for converter in self.converters:
-                if pattern in converter.source_patterns:
-                    self.converter_of[renamed] = converter
-        return renamed, pattern
+            return key, None, ""
+        if pattern is None:
+            return renamed, None, ""
+        converter = next(one for one in self.converters if pattern in one.source_patterns and _took(one, key, self.renamings))
+        return renamed, converter, pattern
 
-    def place(self, key: str) -> Place | None:
-        """The weight slot a stored tensor belongs to, or None: an ordinary tensor, or one the model does not have."""
-        renamed, _ = self.rename(key)
+    def _place(self, key: str, renamed: str) -> tuple[str, Index, str, str] | None:
+        """(slot, index, prefix, relative name), or None: an ordinary tensor, or one the model does not have."""
         if renamed in self.state and renamed not in self.slots:
             return None
         pieces = key.split(".")
         for cut in range(len(pieces), 0, -1):
             prefix, relative = ".".join(pieces[:cut]), ".".join(pieces[cut:])
-            found = self._part(prefix) if cut < len(pieces) else None  # a module: its dense weight is prefix.weight
+            found = self._part(f"{prefix}.weight") if cut < len(pieces) else None  # a module
             if found is None and not prefix.endswith(".weight"):
-                found = self._part(prefix, whole=True)  # a parameter of its own: 3-D experts
+                found = self._part(prefix)  # a parameter of its own: 3-D experts
             if found is not None:
-                return Place(found[0], prefix, relative, found[1])
+                return *found, prefix, relative
         # names appended without a dot: gate_up_proj_blocks
         head, _, last = key.rpartition(".")
         for match in reversed(list(re.finditer("_", last))):
             prefix = f"{head}.{last[: match.start()]}" if head else last[: match.start()]
-            found = self._part(prefix, whole=True)
+            found = self._part(prefix)
             if found is not None:
-                return Place(found[0], prefix, last[match.start() :], found[1])
+                return *found, prefix, last[match.start() :]
         return None
 
-    def _part(self, prefix: str, whole: bool = False) -> tuple[str, tuple[int | None, int | None]] | None:
-        key = prefix if whole else f"{prefix}.weight"
+    def _part(self, key: str) -> tuple[str, Index] | None:
         if key not in self._parts:
             self._parts[key] = self._find_part(key)
         return self._parts[key]
 
-    def _find_part(self, key: str) -> tuple[str, tuple[int | None, int | None]] | None:
-        renamed, pattern = self.rename(key)
-        slot = self.slots.get(renamed)
-        if slot is None:
+    def _find_part(self, key: str) -> tuple[str, Index] | None:
+        renamed, converter, pattern = self.rename(key)
+        if renamed not in self.slots:
             return None
-        if pattern is None:
-            return renamed, (None, None)
-        converter = self.converter_of[renamed]
+        if converter is None:
+            return renamed, WHOLE
+        if not _keeps_parts(converter):
+            return None
         expert = None
         if "*" in pattern:
-            numbers = re.search(re.escape(pattern).replace(r"\*", r"(\d+)").replace(r"\\\.", r"\."), self._intermediate(key))
-            expert = int(numbers.group(1)) if numbers else None
+            from transformers.core_model_loading import apply_renamings
+
+            wanted = re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+)")
+            numbers = re.search(wanted, apply_renamings(key, self.renamings))
+            if numbers is None:
+                return None
+            expert = int(numbers.group(1))
         position = converter.source_patterns.index(pattern) if len(converter.source_patterns) > 1 else None
         return renamed, (expert, position)
 
-    def _intermediate(self, key: str) -> str:
-        """The key after renamings and before a converter took it."""
-        from transformers.core_model_loading import apply_renamings
 
-        return apply_renamings(key, self.renamings)
+def restored_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dense tensors under model keys -> under checkpoint names, conversions undone by transformers."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    result: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))  # type: ignore[arg-type]
+    return result
+
+
+def _keeps_parts(converter: Any) -> bool:
+    """Whether the converter only stacks experts and concatenates along the rows of each."""
+    kinds = [type(operation).__name__ for operation in converter.operations]
+    if len(converter.target_patterns) != 1 or not set(kinds) <= {"MergeModulelist", "Concatenate"}:
+        return False
+    rows = 1 if "MergeModulelist" in kinds else 0
+    return all(operation.dim == (0 if kind == "MergeModulelist" else rows) for operation, kind in zip(converter.operations, kinds))
+
+
+def _took(converter: Any, key: str, renamings: list[Any]) -> bool:
+    from transformers.core_model_loading import apply_renamings
+
+    return converter.rename_source_key(apply_renamings(key, renamings))[1] is not None
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sort key with numbers by value."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in key.split(".")]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from anybit.containers import Checkpoint, TensorInfo
-from anybit.engine.names import Names
+from anybit.engine.names import WHOLE, Conversion, Index, Names, Sorted
+from anybit.engine.names import Part as NamedPart
 from anybit.engine.skeleton import Slot
 from anybit.errors import MissingTensor, ShapeMismatch, UnexpectedTensor, did_you_mean
-from anybit.kernels import choose
+from anybit.kernels import Choice, choose
+from anybit.modules.packed import joined
 from anybit.quantizers.base import HfQuantizer
-from anybit.weight import Layout, ModuleInfo, Weight
+from anybit.weight import Layout, ModuleInfo
 from anybit.weight.layout import join_name
 
 # Python, the allocator and the reading buffers of one load; measured on Linux with torch 2.13
@@ -26,12 +28,16 @@ OVERHEAD_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """One stored unit of a weight: its checkpoint name, where it belongs, and its tensors by relative name."""
+    """One stored unit of a weight: its checkpoint name, where it belongs, and its tensors by relative name.
+
+    `conversion`: how a dense unit is made of the stored tensors, if it is not simply one of them.
+    """
 
     prefix: str
-    index: tuple[int | None, int | None]
+    index: Index
     stored: Mapping[str, TensorInfo]
     layout: Layout | None
+    conversion: Conversion | None = None
 
     @property
     def dense_name(self) -> str:
@@ -87,6 +93,8 @@ class Plan:
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
     plain_bytes: dict[str, int] = field(default_factory=dict)
+    conversions: dict[str, Conversion] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -109,6 +117,11 @@ class Plan:
         """Share of the model's packable weights, experts and embeddings included, that are packed."""
         total = sum(entry.weights for entry in self.entries)
         return sum(entry.weights for entry in self.entries if entry.action != "dense") / max(total, 1)
+
+    def dtype_in_memory(self, key: str, info: TensorInfo) -> torch.dtype:
+        """Of a tensor that stays dense: 16- and 32-bit floats become the model's dtype, everything else stays."""
+        stored: torch.dtype = getattr(torch, info.dtype)
+        return self.dtypes[key] if stored.is_floating_point and stored.itemsize > 1 else stored
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -153,135 +166,171 @@ def build_plan(
     `dtype`: of the model; what floating-point tensors that stay dense become. Raises MissingTensor, UnexpectedTensor,
     ShapeMismatch, or what the quantizer finds contradictory; with `strict` False unexpected tensors are named as ignored.
     """
-    grouped: dict[str, dict[tuple[int | None, int | None], dict[str, TensorInfo]]] = {}
-    prefixes: dict[tuple[str, tuple[int | None, int | None]], str] = {}
-    plain: dict[str, list[TensorInfo]] = {}
-    ignored: dict[str, str] = {}
-    for key, info in checkpoint.tensors.items():
-        place = names.place(key)
-        if place is not None:
-            grouped.setdefault(place.slot, {}).setdefault(place.index, {})[place.relative] = info
-            prefixes[place.slot, place.index] = place.prefix
-            continue
-        renamed, _ = names.rename(key)
-        if renamed in names.state:
-            plain.setdefault(renamed, []).append(info)
-        else:
-            ignored[key] = ""
-    tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-    plan = Plan(str(checkpoint.path), quantizer.method_name if quantizer else None, [], plain, {}, tied, dtype)
-
+    sorted_names = names.sort(checkpoint.tensors)
+    tied = _tied_keys(model, sorted_names)
+    plan = Plan(str(checkpoint.path), quantizer.method_name if quantizer else None, [], {}, {}, {}, tied, dtype)
+    plan.dtypes = _dtypes(model, names, dtype)
+    builder = _Builder(plan, checkpoint, quantizer, device)
     for parameter, slot in slots.items():
-        found = grouped.pop(parameter, None)
-        if found is None:
-            if parameter not in tied and parameter not in plain:
+        parts = _parts_of(slot, sorted_names, checkpoint)
+        if not parts:
+            if parameter not in tied:
                 _missing(parameter, checkpoint)
             continue
-        if parameter in tied and tied[parameter] in grouped | {entry.slot.parameter: 0 for entry in plan.entries}:
-            for stored in found.values():
-                for info in stored.values():
-                    plan.ignored[info.name] = f"tied to {tied[parameter]}, which is stored too"
-            continue
-        plan.entries.append(_entry(slot, found, prefixes, checkpoint, quantizer, dtype, device, plan))
+        if parameter in tied:
+            twin = _parts_of(slots[tied[parameter]], sorted_names, checkpoint) if tied[parameter] in slots else []
+            if twin and _same_dense(parts, twin, checkpoint):
+                plan.ignored[next(iter(parts[0].stored.values())).name] = f"tied to {tied[parameter]}, which holds the same bytes"
+                continue
+            tied.pop(parameter)
+            plan.notes.append(f"{parameter} could share a weight of the model, but is stored with contents of its own, and keeps them")
+        plan.entries.append(builder.entry(slot, parts))
 
-    _settle_rest(ignored, plan, model, names, quantizer, checkpoint, strict)
-    for key, infos in plain.items():
-        stored = infos[0]
-        _check_plain(key, infos, names)
-        itemsize = _plain_dtype(stored, dtype).itemsize
-        plan.plain_bytes[key] = math.prod(names.state[key].shape) * itemsize
-    missing = [key for key in names.state if key not in plain and key not in slots and key not in tied]
+    _settle_rest(sorted_names.unknown, plan, model, names, quantizer, checkpoint, strict)
+    for key, stored in sorted_names.plain.items():
+        info = checkpoint.tensors[stored]
+        _check_plain(key, info, names)
+        plan.plain[key] = [info]
+    for key, conversion in sorted_names.conversions.items():
+        if key not in slots:
+            plan.plain[key] = [checkpoint.tensors[name] for name, _ in conversion.sources]
+            plan.conversions[key] = conversion
+    for key, infos in plan.plain.items():
+        plan.plain_bytes[key] = math.prod(names.state[key].shape) * plan.dtype_in_memory(key, infos[0]).itemsize
+    missing = [key for key in names.state if key not in plan.plain and key not in slots and key not in tied]
     if missing:
         _missing(missing[0], checkpoint)
     return plan
 
 
-def _entry(
-    slot: Slot,
-    found: dict[tuple[int | None, int | None], dict[str, TensorInfo]],
-    prefixes: Mapping[tuple[str, tuple[int | None, int | None]], str],
-    checkpoint: Checkpoint,
-    quantizer: HfQuantizer | None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    plan: Plan,
-) -> Entry:
-    parts: list[PlannedPart] = []
-    for index in sorted(found, key=lambda place: (place[0] or 0, place[1] or 0)):
-        stored, prefix = found[index], prefixes[slot.parameter, index]
-        info = _part_info(slot, index, prefix, found, dtype)
-        layout = None
-        if quantizer is not None and quantizer.pre_quantized:
-            layout = quantizer.layout_of(info, stored, _peeker(checkpoint, stored))
-        if layout is not None:
-            _check_stored(layout, stored, prefix)
-        elif not _is_dense(stored):
-            names_found = ", ".join(sorted(stored))
-            method = quantizer.method_name if quantizer is not None and quantizer.pre_quantized else "no quantization"
+def _tied_keys(model: nn.Module, sorted_names: Sorted) -> dict[str, str]:
+    """Model key -> key of the weight it shares, where the second is the one that is stored."""
+    tied: dict[str, str] = {}
+    for target, source in dict(getattr(model, "all_tied_weights_keys", {}) or {}).items():
+        source = tied.get(source, source)
+        if _has(sorted_names, target) and not _has(sorted_names, source):
+            target, source = source, target
+        tied[target] = source
+    return tied
+
+
+def _has(sorted_names: Sorted, key: str) -> bool:
+    return key in sorted_names.parts or key in sorted_names.plain or key in sorted_names.conversions
+
+
+def _same_dense(left: list[PlannedPart], right: list[PlannedPart], checkpoint: Checkpoint) -> bool:
+    """Whether two weights are one dense tensor each, with the same bytes."""
+    if not (len(left) == len(right) == 1 and _is_dense(left[0].stored) and _is_dense(right[0].stored)):
+        return False
+    first, second = (part.stored[part.dense_name] for part in (*left, *right))
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(*(checkpoint.read(info.name).contiguous().view(torch.uint8) for info in (first, second)))
+
+
+def _dtypes(model: nn.Module, names: Names, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Model key -> dtype in memory, as transformers chooses it: some modules insist on float32."""
+    kept = [re.compile(rf"(^|\.){name}($|\.)") for name in model._get_dtype_plan(dtype)]  # type: ignore[operator]
+    return {
+        key: torch.float32 if any(pattern.search(key) for pattern in kept) else tensor.dtype for key, tensor in names.state.items()
+    }
+
+
+def _parts_of(slot: Slot, sorted_names: Sorted, checkpoint: Checkpoint) -> list[PlannedPart]:
+    """Stored units of a slot, in the order of their index, without layouts yet."""
+
+    def infos(part: NamedPart) -> dict[str, TensorInfo]:
+        return {relative: checkpoint.tensors[name] for relative, name in part.stored.items()}
+
+    conversion = sorted_names.conversions.get(slot.parameter)
+    if conversion is not None:
+        stored = {name: checkpoint.tensors[name] for name, _ in conversion.sources}
+        return [PlannedPart(slot.module, WHOLE, stored, None, conversion)]
+    found = sorted_names.parts.get(slot.parameter, {})
+    order = sorted(found, key=lambda index: (-1 if index[0] is None else index[0], index[1] or 0))
+    return [PlannedPart(found[index].prefix, index, infos(found[index]), None) for index in order]
+
+
+class _Builder:
+    """Makes the entries of one plan. What depends on layouts alone is worked out once per layout."""
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, quantizer: HfQuantizer | None, device: torch.device | str):
+        self.plan, self.checkpoint, self.quantizer, self.device = plan, checkpoint, quantizer, device
+        self.pre_quantized = quantizer is not None and quantizer.pre_quantized
+        self._specs: dict[Layout, dict[str, Any]] = {}
+        self._chosen: dict[Any, tuple[Choice, int]] = {}
+
+    def entry(self, slot: Slot, parts: list[PlannedPart]) -> Entry:
+        parts = [replace(part, layout=self.layout(slot, part, parts)) for part in parts]
+        _check_complete(slot, parts)
+        packed = [part for part in parts if part.layout is not None]
+        if packed and len(packed) < len(parts):  # an expert stack is packed whole or not at all
+            dense = next(part.prefix for part in parts if part.layout is None)
+            if self.pre_quantized:
+                raise ShapeMismatch(
+                    f"{slot.parameter}: {len(packed)} of {len(parts)} stored parts are quantized, {dense} is dense. "
+                    "All parts of one weight must be stored alike"
+                )
+            parts, packed = [replace(part, layout=None) for part in parts], []
+        if not self.pre_quantized or not packed:
+            _check_dense_shape(slot, parts)
+        return self.packed(slot, parts) if packed else self.dense(slot, parts)
+
+    def layout(self, slot: Slot, part: PlannedPart, parts: list[PlannedPart]) -> Layout | None:
+        info = _part_info(slot, part, parts, self.plan.dtype)
+        if self.quantizer is not None and self.pre_quantized and part.conversion is None:
+            layout = self.quantizer.layout_of(info, part.stored, _peeker(self.checkpoint, part.stored))
+            if layout is not None:
+                if layout not in self._specs:
+                    self._specs[layout] = layout.specs()
+                _check_stored(layout, self._specs[layout], part.stored, part.prefix)
+                return layout
+        if part.conversion is None and not _is_dense(part.stored):
+            method = self.quantizer.method_name if self.quantizer is not None and self.pre_quantized else "no quantization"
             raise UnexpectedTensor(
-                f"{prefix}: stored tensors {names_found} are not a dense weight, and {method} does not read them "
-                f"(file {next(iter(stored.values())).file}). Check the checkpoint's quantization_config"
+                f"{part.prefix}: stored tensors {', '.join(sorted(part.stored))} are not a dense weight, and {method} does not "
+                f"read them (file {next(iter(part.stored.values())).file}). Check the checkpoint's quantization_config"
             )
-        elif quantizer is not None and not quantizer.pre_quantized:
-            layout = quantizer.layout_for(info)
-        parts.append(PlannedPart(prefix, index, stored, layout))
-    _check_complete(slot, parts)
-    packed = [part.layout for part in parts if part.layout is not None]
-    if packed and len(packed) < len(parts):  # an expert stack is packed whole or not at all
-        dense = next(part.prefix for part in parts if part.layout is None)
-        if quantizer is not None and quantizer.pre_quantized:
-            raise ShapeMismatch(f"{slot.parameter}: {len(packed)} of {len(parts)} stored parts are quantized, {dense} is dense")
-        parts = [PlannedPart(part.prefix, part.index, part.stored, None) for part in parts]
-        packed = []
-    if not packed:
-        entry = Entry(slot, parts, "dense")
-        stored_dtype = _plain_dtype(parts[0].stored[parts[0].dense_name], dtype)
-        entry.bytes_memory = entry.weights * stored_dtype.itemsize
-        entry.largest_part = entry.bytes_memory if len(parts) > 1 else 0
-        entry.reason = _dense_reason(slot, quantizer)
-        entry.device = str(device)
-        _check_dense_shape(slot, parts)
+        if self.quantizer is None or self.pre_quantized:
+            return None
+        return self.quantizer.layout_for(info)
+
+    def dense(self, slot: Slot, parts: list[PlannedPart]) -> Entry:
+        entry = Entry(slot, parts, "dense", device=str(self.device), reason=_dense_reason(slot, self.quantizer))
+        stored = next(iter(parts[0].stored.values()))
+        entry.bytes_memory = entry.weights * self.plan.dtype_in_memory(slot.parameter, stored).itemsize
+        whole = len(parts) == 1 and parts[0].conversion is None and not slot.transposed
+        entry.largest_part = 0 if whole else entry.bytes_memory
         return entry
-    action = "packed" if quantizer is not None and quantizer.pre_quantized else "quantize"
-    entry = Entry(slot, parts, action, device=str(device))
-    scheme = parts[0].layout.scheme()  # type: ignore[union-attr]
-    choice = choose(scheme, device)
-    entry.kernel = choice.kernel.name
-    entry.reason = choice.reason
-    if action == "quantize":
-        _check_dense_shape(slot, parts)
-    seen: dict[Layout, tuple[int, int]] = {}
-    for part in parts:
-        assert part.layout is not None
-        if part.layout not in seen:
-            seen[part.layout] = _memory_of(part.layout.scheme(), choice.kernel)
-        memory, extras = seen[part.layout]
-        entry.bytes_memory += memory + extras
-        # while a part is made, its stored form and temporaries of one chunk lie beside the result
-        entry.largest_part = max(entry.largest_part, part.bytes_stored + memory)
-    return entry
+
+    def packed(self, slot: Slot, parts: list[PlannedPart]) -> Entry:
+        entry = Entry(slot, parts, "packed" if self.pre_quantized else "quantize", device=str(self.device))
+        first = parts[0].layout
+        alike = all(part.layout == first for part in parts)
+        key = (first, len(parts), parts[0].index, slot.kind) if alike else id(entry)
+        if key not in self._chosen:
+            schemes = [part.layout.scheme() for part in parts if part.layout is not None]
+            scheme = joined([part.index for part in parts], schemes)
+            choice = choose(scheme, self.device)
+            _, tensors = choice.kernel.prepare(scheme)
+            extras = [tensor for own in schemes for tensor in own.extras.values()]
+            self._chosen[key] = choice, sum(tensor.numel() * tensor.element_size() for tensor in [*tensors, *extras])
+        choice, entry.bytes_memory = self._chosen[key]
+        entry.kernel, entry.reason = choice.kernel.name, choice.reason
+        # while a weight is made, its stored form lies beside the result; stacked parts lie beside their stack
+        entry.largest_part = max(part.bytes_stored for part in parts) + (entry.bytes_memory if len(parts) > 1 else 0)
+        return entry
 
 
-def _memory_of(scheme: Weight, kernel: Any) -> tuple[int, int]:
-    _, tensors = kernel.prepare(scheme)
-    extras = sum(tensor.numel() * tensor.element_size() for tensor in scheme.extras.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors), extras
-
-
-def _part_info(
-    slot: Slot,
-    index: tuple[int | None, int | None],
-    prefix: str,
-    found: Mapping[tuple[int | None, int | None], Mapping[str, TensorInfo]],
-    dtype: torch.dtype,
-) -> ModuleInfo:
+def _part_info(slot: Slot, part: PlannedPart, parts: list[PlannedPart], dtype: torch.dtype) -> ModuleInfo:
     """What a method is told of a stored unit: a part of fused experts is a linear of its own."""
     target = str(dtype).removeprefix("torch.")
-    if index == (None, None):
-        return ModuleInfo(prefix if slot.kind == "experts" else slot.module, slot.kind, slot.shape, target, slot.has_bias, slot.class_name)
+    if part.index == WHOLE:
+        name = part.prefix if slot.kind == "experts" else slot.module
+        return ModuleInfo(name, slot.kind, slot.shape, target, slot.has_bias, slot.class_name)
     *_, rows, columns = slot.shape
-    positions = len({place[1] for place in found})
-    return ModuleInfo(prefix, "linear", (rows // positions, columns), target, slot.has_bias, "Linear")
+    positions = len({other.index[1] for other in parts})
+    return ModuleInfo(part.prefix, "linear", (rows // positions, columns), target, slot.has_bias, "Linear")
 
 
 _DENSE = {"float16", "bfloat16", "float32", "float64"}
@@ -292,18 +341,12 @@ def _is_dense(stored: Mapping[str, TensorInfo]) -> bool:
     return len(stored) == 1 and all(name in ("weight", "") and info.dtype in _DENSE for name, info in stored.items())
 
 
-def _plain_dtype(info: TensorInfo, dtype: torch.dtype) -> torch.dtype:
-    stored: torch.dtype = getattr(torch, info.dtype)
-    return dtype if stored.is_floating_point and stored.itemsize > 1 else stored
-
-
 def _peeker(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo]) -> Callable[[str], torch.Tensor]:
     return lambda relative: checkpoint.read(stored[relative].name)
 
 
-def _check_stored(layout: Layout, stored: Mapping[str, TensorInfo], prefix: str) -> None:
+def _check_stored(layout: Layout, specs: Mapping[str, Any], stored: Mapping[str, TensorInfo], prefix: str) -> None:
     """Every tensor the layout names is there with its dtype and shape, and nothing else is."""
-    specs = layout.specs()
     for relative, (dtype, shape) in specs.items():
         if relative not in stored:
             full = join_name(prefix, relative)
@@ -327,7 +370,7 @@ def _check_stored(layout: Layout, stored: Mapping[str, TensorInfo], prefix: str)
 
 def _check_complete(slot: Slot, parts: list[PlannedPart]) -> None:
     """All experts and all of the fused rows are stored."""
-    if parts[0].index == (None, None):
+    if parts[0].index == WHOLE:
         return
     positions = {part.index[1] for part in parts}
     experts = range(slot.shape[0]) if parts[0].index[0] is not None else [None]
@@ -342,7 +385,7 @@ def _check_complete(slot: Slot, parts: list[PlannedPart]) -> None:
 
 
 def _check_dense_shape(slot: Slot, parts: list[PlannedPart]) -> None:
-    if parts[0].index != (None, None):
+    if parts[0].index != WHOLE or parts[0].conversion is not None:
         return
     info = parts[0].stored[parts[0].dense_name]
     want = tuple(slot.shape)
@@ -352,10 +395,10 @@ def _check_dense_shape(slot: Slot, parts: list[PlannedPart]) -> None:
         raise ShapeMismatch(f"tensor {info.name!r} in {info.file} has shape {tuple(info.shape)}, the model wants {want}")
 
 
-def _check_plain(key: str, infos: list[TensorInfo], names: Names) -> None:
+def _check_plain(key: str, info: TensorInfo, names: Names) -> None:
     want = tuple(names.state[key].shape)
-    if len(infos) == 1 and key not in names.converter_of and tuple(infos[0].shape) != want:
-        raise ShapeMismatch(f"tensor {infos[0].name!r} in {infos[0].file} has shape {tuple(infos[0].shape)}, the model wants {want}")
+    if tuple(info.shape) != want:
+        raise ShapeMismatch(f"tensor {info.name!r} in {info.file} has shape {tuple(info.shape)}, the model wants {want}")
 
 
 def _dense_reason(slot: Slot, quantizer: HfQuantizer | None) -> str:
@@ -374,7 +417,7 @@ def _missing(parameter: str, checkpoint: Checkpoint) -> None:
 
 
 def _settle_rest(
-    rest: dict[str, str],
+    rest: list[str],
     plan: Plan,
     model: nn.Module,
     names: Names,

@@ -45,19 +45,33 @@ def write_checkpoint(
     copy_from: Iterable[Path] = (),
     extra_files: Mapping[str, bytes] | None = None,
     force: bool = False,
+    merge: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write weights, config.json and side files to the folder `target`, atomically; returns it.
 
-    `order`: tensor names in the order they lie in the file (default: as the jobs announce them). Raises FileExistsError
-    unless `force`; nothing is left behind on any error.
+    `order`: tensor names in the order they lie in the file (those it lacks follow as the jobs announce them). Raises
+    FileExistsError unless `force`; with `merge`, a folder that holds no model yet (a tokenizer, say) is added to. Nothing
+    is left behind on any error.
     """
-    specs: dict[str, Spec] = {}
+    announced: dict[str, Spec] = {}
     for job in jobs:
-        specs.update(job.specs)
-    if order is not None and set(order) == set(specs):
-        specs = {name: specs[name] for name in order}
-    with atomic_folder(Path(target), force=force) as folder:
+        announced.update(job.specs)
+    specs = {name: announced[name] for name in order or () if name in announced}
+    specs |= announced
+    target = Path(target)
+    if merge and target.is_dir() and not _holds_model(target):
+        inside = target / ".anybit-new"
+        write_checkpoint(
+            inside, jobs, config, order=order, metadata=metadata, max_shard_size=max_shard_size, copy_from=copy_from,
+            extra_files=extra_files, force=True, progress=progress,
+        )  # fmt: skip
+        for file in sorted(inside.iterdir(), key=lambda file: file.name == "config.json"):  # config.json makes it a model: last
+            if not (target / file.name).exists() or file.suffix != ".json" or file.name == "config.json":
+                os.replace(file, target / file.name)
+        shutil.rmtree(inside)
+        return target
+    with atomic_folder(target, force=force) as folder:
         with SafetensorsWriter(folder, specs, max_shard_size=max_shard_size, metadata=dict(metadata or {"format": "pt"})) as writer:
             for number, job in enumerate(jobs):
                 made = job.make()
@@ -72,7 +86,11 @@ def write_checkpoint(
             (folder / name).write_bytes(content)
         text = config if isinstance(config, bytes) else (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         (folder / "config.json").write_bytes(text)
-    return Path(target)
+    return target
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
 
 
 def side_files(folder: Path, drop: Iterable[str] = ()) -> list[Path]:

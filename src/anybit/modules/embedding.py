@@ -18,11 +18,6 @@ class QuantEmbedding(PackedWeight, nn.Embedding):
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        dtype = getattr(torch, self.parts[0].layout.dtype)
-        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=dtype, device="meta")
-
     def forward(self, input: Tensor) -> Tensor:
         dtype = getattr(torch, self.parts[0].layout.dtype)
         return torch.ops.anybit.embedding(input, self.packed, self.spec, self.embedding_dim, dtype)

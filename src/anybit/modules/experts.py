@@ -35,11 +35,6 @@ class QuantExperts(PackedWeight):
         return torch.Size((experts, columns, rows) if self.transposed else (experts, rows, columns))
 
     @property
-    def quantized_shape(self) -> tuple[int, int, int]:
-        """(experts, out, in)."""
-        return self.quantized_weight.shape  # type: ignore[return-value]
-
-    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.parts[0].layout.dtype)
         return dtype

@@ -11,8 +11,7 @@ from anybit.modules.packed import PackedWeight
 class QuantLinear(PackedWeight, nn.Linear):
     """An `nn.Linear` whose weight stays packed; whatever wraps linears (PEFT, hooks) works on it.
 
-    `dequantize()` is the dense [out, in] weight. `weight` is a shape and a dtype on the meta device: code that only asks
-    what a weight looks like works, code that computes with it fails loudly.
+    `dequantize()` is the dense [out, in] weight.
     """
 
     bias: nn.Parameter | None
@@ -23,10 +22,6 @@ class QuantLinear(PackedWeight, nn.Linear):
         self.out_features = out_features
         self.register_parameter("bias", bias)
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return torch.empty(self.out_features, self.in_features, dtype=getattr(torch, self.parts[0].layout.dtype), device="meta")
-
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.anybit.linear(x, self.packed, self.bias, self.spec, self.out_features)
 
@@ -34,3 +29,33 @@ class QuantLinear(PackedWeight, nn.Linear):
         layout = type(self.parts[0].layout).__name__
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, layout={layout}, kernel={self.kernel.name}"
+
+
+class TiedLinear(nn.Linear):
+    """An output layer that multiplies with the packed table of an embedding; it owns nothing but its bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, owner: PackedWeight, bias: nn.Parameter | None = None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = owner.quantized_shape
+        self.register_parameter("bias", bias)
+        self._owner = (owner,)  # in a tuple: the owner is a module of its own place in the model, not a child of this one
+
+    @property
+    def owner(self) -> PackedWeight:
+        return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.owner.weight
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense [out, in] weight."""
+        return self.owner.dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.anybit.linear(x, self.owner.packed, self.bias, self.owner.spec, self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied to a {type(self.owner).__name__}"

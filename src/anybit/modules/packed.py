@@ -7,7 +7,7 @@ model never touches packed bytes: they are not numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,24 +17,31 @@ from torch import Tensor, nn
 from anybit.errors import CheckpointError
 from anybit.kernels import Kernel, choose
 from anybit.kernels.ops import full_spec
-from anybit.weight import Layout, Rows, Stack, Weight
+from anybit.weight import Layout, Weight
+from anybit.weight.joining import join_rows, split_rows, stack
 from anybit.weight.layout import join_name
 
 _TENSOR = "_packed_"
 _EXTRA = "_extra_"
+Index = tuple["int | None", "int | None"]  # (expert, position among the rows); None where a weight is not cut that way
+WHOLE: Index = (None, None)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One stored unit of a weight. A fused or stacked weight has several: `name` is the part's place in it.
+    """One stored unit of a weight. A fused or stacked weight has several.
 
-    `name` is relative to the module ("" for a weight that is stored whole), e.g. "3.gate_proj" of experts; `index` is
-    (expert, position among the rows), with None where the weight is not cut that way.
+    `prefix` is the unit's name in the checkpoint, "" for the module's own; `index` its place in the weight.
     """
 
     layout: Layout
-    name: str = ""
-    index: tuple[int | None, int | None] = (None, None)
+    prefix: str = ""
+    index: Index = WHOLE
+
+    @property
+    def name(self) -> str:
+        """Relative to the module, in its state dict: "" for a weight that is stored whole, else e.g. "3.0"."""
+        return ".".join(str(place) for place in self.index if place is not None)
 
 
 class PackedWeight(nn.Module):
@@ -43,6 +50,7 @@ class PackedWeight(nn.Module):
     parts: tuple[Part, ...]
     kernel: Kernel
     spec: str
+    quantized_shape: tuple[int, ...]  # (out, in) or (experts, out, in)
 
     # --- filling ---
 
@@ -53,10 +61,11 @@ class PackedWeight(nn.Module):
         for number, weight in enumerate(weights):
             for name, tensor in weight.extras.items():
                 self._hold(f"{_EXTRA}{number}_{name.replace('.', '|')}", tensor)
-        self._prepare(_join(parts, weights), kernel)
+        self._prepare(joined([part.index for part in parts], weights), kernel)
 
     def _prepare(self, weight: Weight, kernel: Kernel | None = None) -> None:
         kernel = kernel or choose(weight, weight.device).kernel
+        self.quantized_shape = tuple(weight.shape)
         spec, tensors = kernel.prepare(weight)
         self.kernel, self.spec = kernel, full_spec(kernel, spec)
         self._drop(_TENSOR)
@@ -71,6 +80,16 @@ class PackedWeight(nn.Module):
             del self._parameters[name]
 
     # --- reading ---
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the dense weight without its bytes: one NaN, expanded.
+
+        Code that asks what a weight looks like works; a product with it gives NaN, never plausible numbers.
+        """
+        device = next((tensor.device for tensor in self.packed), None)
+        nan = torch.full((1,), float("nan"), dtype=getattr(torch, self.parts[0].layout.dtype), device=device)
+        return nan.expand(self.quantized_shape)
 
     @property
     def packed(self) -> list[Tensor]:
@@ -176,35 +195,30 @@ class PackedWeight(nn.Module):
             self._parameters.update(moved)
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-
 def _is_ours(name: str) -> bool:
     return name.startswith((_TENSOR, _EXTRA))
 
 
-def _join(parts: tuple[Part, ...], weights: list[Weight]) -> Weight:
-    """One weight of all parts: rows joined within an expert, experts stacked."""
-    if len(weights) == 1 and parts[0].index == (None, None):
+def joined(indexes: Sequence[Index], weights: Sequence[Weight]) -> Weight:
+    """One weight of all parts: rows joined within an expert, experts stacked. Extras are left behind."""
+    if list(indexes) == [WHOLE]:
         return replace(weights[0], extras={})
     by_expert: dict[int | None, list[Weight]] = {}
-    for part, weight in zip(parts, weights, strict=True):
-        by_expert.setdefault(part.index[0], []).append(weight)
-    rows = [own[0].tree if len(own) == 1 else Rows(tuple(weight.tree for weight in own)) for own in by_expert.values()]
-    tree = rows[0] if None in by_expert else Stack(tuple(rows))
-    return Weight(tree, weights[0].dtype, weights[0].activation)
+    for (expert, _), weight in zip(indexes, weights, strict=True):
+        by_expert.setdefault(expert, []).append(weight)
+    rows = [join_rows(own) for own in by_expert.values()]
+    return rows[0] if None in by_expert else stack(rows)
 
 
 def _split(parts: tuple[Part, ...], weight: Weight) -> list[Weight]:
-    """Inverse of `_join`."""
-    if len(parts) == 1 and parts[0].index == (None, None):
+    """Inverse of `joined`."""
+    if [part.index for part in parts] == [WHOLE]:
         return [weight]
-    found = []
-    experts = list(dict.fromkeys(part.index[0] for part in parts))
-    for expert, position in (part.index for part in parts):
-        tree = weight.tree if expert is None else weight.tree.select(experts.index(expert))
-        if position is not None and isinstance(tree, Rows):
-            tree = tree.parts[position]
-        found.append(Weight(tree, weight.dtype, weight.activation))
+    heights: dict[int | None, list[int]] = {}
+    for part in parts:
+        heights.setdefault(part.index[0], []).append(part.layout.shape[-2])
+    found: list[Weight] = []
+    for number, (expert, own) in enumerate(heights.items()):
+        matrix = weight if expert is None else weight.select(number)
+        found += split_rows(matrix, own) if len(own) > 1 else [matrix]
     return found

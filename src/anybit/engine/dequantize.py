@@ -1,0 +1,143 @@
+"""Packed weights -> dense ones, in a loaded model or file to file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit.engine import skeleton
+from anybit.engine.load import Prepared, Progress, prepare
+from anybit.engine.materialize import make_weight
+from anybit.engine.names import WHOLE
+from anybit.engine.plan import Entry, Plan, PlannedPart
+from anybit.engine.quantize import copy_job, source_config, stored_of
+from anybit.engine.write import Job, Spec, side_files, write_checkpoint
+from anybit.errors import ConfigError
+from anybit.modules import PackedWeight, QuantExperts, TiedLinear
+from anybit.quantizers.checkpoint_config import KEY
+from anybit.weight.layout import join_name
+
+
+def dequantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    device: torch.device | str = "cpu",
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    hub_options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Write the quantized checkpoint `src` as a dense one to the new folder `dst`, one weight in memory at a time.
+
+    `dtype`: of the dense weights (default: the model's). Raises ConfigError for a source that is not quantized,
+    CheckpointError, FileExistsError without `force`.
+    """
+    ready = prepare(src, dtype=dtype, device_map=device, allow_pickle=allow_pickle, hub_options=hub_options)
+    if ready.quantizer is None:
+        raise ConfigError(f"{src} is not quantized: its configuration has no {KEY}. There is nothing to dequantize")
+    jobs: list[Job] = []
+    for entry in ready.plan.entries:
+        if entry.action == "dense":
+            jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype) for info in stored_of(entry)]
+        else:
+            jobs += [_dense_job(ready, entry, part, torch.device(device)) for part in entry.parts]
+    for infos in ready.plan.plain.values():
+        jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype) for info in infos]
+    config = without_quantization(source_config(ready))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
+    dropped = type(ready.quantizer.quantization_config).side_files
+    write_checkpoint(
+        dst, jobs, config, max_shard_size=max_shard_size, copy_from=side_files(ready.folder, dropped), force=force,
+        progress=progress,
+    )  # fmt: skip
+    ready.checkpoint.release()
+    return ready.plan
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A model configuration without any quantization of it or of its parts."""
+    keys = {KEY, "compression_config", "quantization"}
+    return {
+        name: without_quantization(value) if isinstance(value, dict) and name.endswith("config") else value
+        for name, value in config.items()
+        if name not in keys
+    }
+
+
+def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.device) -> Job:
+    """The dense weight of one stored unit, under the name and in the orientation it has in a dense checkpoint."""
+    assert part.layout is not None
+    name = part.prefix if entry.slot.kind == "experts" and part.index == WHOLE else join_name(part.prefix, "weight")
+    turned = entry.slot.transposed and part.index == WHOLE
+    shape = part.layout.shape
+    shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+    dtype = ready.plan.dtype
+
+    def make() -> dict[str, Tensor]:
+        dense = make_weight(ready.model, entry, part, ready.checkpoint, device).to_dense(dtype)
+        ready.checkpoint.release()
+        return {name: (dense.transpose(-1, -2).contiguous() if turned else dense).cpu()}
+
+    specs: dict[str, Spec] = {name: (str(dtype).removeprefix("torch."), tuple(shape))}
+    return Job(part.prefix, specs, make)
+
+
+def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Make every weight of a loaded model dense, one at a time, in `dtype` (default: the model's); returns the model."""
+    plan: Plan = model.anybit_plan
+    target = dtype if dtype is not None else plan.dtype
+    config = model.config
+    stored = config.__dict__.pop(KEY, None)
+    try:
+        fresh = skeleton.build(config, type(model), dtype=target)
+    finally:
+        if stored is not None:
+            setattr(config, KEY, stored)
+    tied = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedLinear)]
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PackedWeight):
+            continue
+        dense = module.dequantize(target)
+        parent, _, own = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(module, QuantExperts):
+            del owner._modules[own]
+            owner.register_parameter(own, nn.Parameter(dense))
+        else:
+            layer: Any = fresh.get_submodule(name)
+            if tuple(layer.weight.shape) != tuple(dense.shape):  # a class that stores [in, out]
+                dense = dense.T.contiguous()
+            _fill(layer, dense, module)
+            setattr(owner, own, layer)
+    for name, module in tied:
+        parent, _, own = name.rpartition(".")
+        layer = fresh.get_submodule(name)
+        _fill(layer, torch.empty(0), module)
+        layer.weight = model.get_parameter(plan.tied[f"{name}.weight"])
+        setattr(model.get_submodule(parent), own, layer)
+    if dtype is not None:
+        model.to(dtype)
+    for attribute in ("save_pretrained", "dequantize", "anybit_plan", "_anybit_source"):
+        model.__dict__.pop(attribute, None)
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _fill(layer: nn.Module, dense: Tensor, packed: nn.Module) -> None:
+    """Give a layer on the meta device its weight and what the packed layer holds beside it."""
+    layer._parameters["weight"] = nn.Parameter(dense)
+    for own, parameter in packed._parameters.items():
+        if parameter is not None and not own.startswith(("_packed_", "_extra_")):
+            layer._parameters[own] = nn.Parameter(parameter.detach().to(dense.dtype), requires_grad=parameter.requires_grad)
+    layer._buffers.update(packed._buffers)
+    layer.train(packed.training)

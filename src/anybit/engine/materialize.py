@@ -1,0 +1,155 @@
+"""One weight at a time: stored tensors -> a layer of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit import algorithms
+from anybit.containers import Checkpoint
+from anybit.engine.names import WHOLE
+from anybit.engine.plan import Entry, Plan, PlannedPart
+from anybit.engine.skeleton import Slot
+from anybit.errors import AnybitError, CalibrationNeeded, located
+from anybit.modules import PackedWeight, Part, QuantEmbedding, QuantExperts, QuantLinear, TiedLinear
+from anybit.weight import Weight
+
+
+def load_entry(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Read, decode or quantize, and set one weight of the model."""
+    if entry.action == "dense":
+        set_tensor(model, entry.slot.parameter, read_dense(model, entry, plan, checkpoint), device)
+        return
+    attach_packed(model, entry, [make_weight(model, entry, part, checkpoint, device).to(device) for part in entry.parts])
+
+
+def make_weight(
+    model: nn.Module, entry: Entry, part: PlannedPart, checkpoint: Checkpoint, device: torch.device | str = "cpu"
+) -> Weight:
+    """The weight of one stored unit, decoded or quantized. Errors name the unit and its file."""
+    layout = part.layout
+    assert layout is not None
+    try:
+        if entry.action == "packed":
+            return layout.decode({name: checkpoint.read(info.name) for name, info in part.stored.items()})
+        if layout.algorithm is None:
+            raise CalibrationNeeded(
+                f"it cannot be quantized to {type(layout).__name__} from its weights alone; "
+                "quantize it with an algorithm that takes calibration data"
+            )
+        dense = dense_part(model, entry, part, checkpoint).to(device)
+        return algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
+    except AnybitError as error:
+        raise located(error, f"{part.prefix} ({next(iter(part.stored.values())).file})")
+
+
+def dense_part(model: nn.Module, entry: Entry, part: PlannedPart, checkpoint: Checkpoint) -> Tensor:
+    """A dense unit, logical: [out, in] or [experts, out, in], in its stored dtype."""
+    if part.conversion is not None:
+        dense = part.conversion.run(checkpoint.read, model)[entry.slot.parameter]
+    else:
+        dense = checkpoint.read(part.stored[part.dense_name].name)
+    return dense.transpose(-1, -2) if entry.slot.transposed and part.index == WHOLE else dense
+
+
+def read_dense(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoint) -> Tensor:
+    """A weight that stays dense, in the model's own orientation and dtype."""
+    first = entry.parts[0]
+    if first.conversion is not None:
+        dense = first.conversion.run(checkpoint.read, model)[entry.slot.parameter]
+        return dense.to(plan.dtype_in_memory(entry.slot.parameter, next(iter(first.stored.values()))))
+    dtype = plan.dtype_in_memory(entry.slot.parameter, first.stored[first.dense_name])
+    if first.index == WHOLE:
+        return checkpoint.read(first.stored[first.dense_name].name).to(dtype)
+    # parts are written where they belong, one at a time
+    full = torch.empty(entry.slot.shape, dtype=dtype)
+    experts = {expert: number for number, expert in enumerate(dict.fromkeys(part.index[0] for part in entry.parts))}
+    filled = dict.fromkeys(experts, 0)
+    for part in entry.parts:
+        tensor = checkpoint.read(part.stored[part.dense_name].name)
+        own = full if part.index[0] is None else full[experts[part.index[0]]]
+        start = filled[part.index[0]]
+        own[start : start + tensor.shape[0]] = tensor
+        filled[part.index[0]] = start + tensor.shape[0]
+    return full
+
+
+def attach_packed(model: nn.Module, entry: Entry, weights: list[Weight]) -> None:
+    """Make the layer a packed one (once), then give it the weights; schemes on the meta device are legal."""
+    slot = entry.slot
+    parts = tuple(Part(part.layout, part.prefix, part.index) for part in entry.parts if part.layout is not None)
+    module: Any = model.get_submodule(slot.module) if slot.kind != "experts" else _get(model, slot.module)
+    if not isinstance(module, PackedWeight):
+        module = packed_layer(module, slot)
+        parent, _, own = slot.module.rpartition(".")
+        owner = model.get_submodule(parent)
+        owner._parameters.pop(own, None)
+        setattr(owner, own, module)
+    module.set_weights(parts, weights)
+
+
+def _get(model: nn.Module, path: str) -> Any:
+    parent, _, own = path.rpartition(".")
+    return getattr(model.get_submodule(parent), own)
+
+
+def packed_layer(module: Any, slot: Slot) -> PackedWeight:
+    """The packed twin of a layer; a subclass with behaviour of its own (scaled embeddings) keeps it."""
+    if slot.kind == "experts":
+        return QuantExperts(slot.transposed)
+    if slot.kind == "embedding":
+        packed: PackedWeight = QuantEmbedding(slot.shape[0], slot.shape[1], module.padding_idx)
+    else:
+        packed = QuantLinear(slot.shape[1], slot.shape[0], module._parameters.get("bias"))
+    if type(module) not in (nn.Linear, nn.Embedding) and slot.kind != "conv1d":
+        twin = type(f"Quant{type(module).__name__}", (type(module), type(packed)), {})
+        own = {name: tensor for name, tensor in module._parameters.items() if name != "weight"}
+        kept = {"_parameters": own, "_buffers": module._buffers, "_modules": module._modules}
+        state = {**module.__dict__, **packed.__dict__, **kept}
+        packed = twin.__new__(twin)
+        packed.__dict__.update(state)
+    packed.train(module.training)
+    return packed
+
+
+# --- everything else ----------------------------------------------------------------------------------------------------------
+
+
+def load_plain(model: nn.Module, key: str, plan: Plan, checkpoint: Checkpoint, device: torch.device | str) -> None:
+    """Norms, biases, buffers: read as they are, or converted by transformers' operations."""
+    infos = plan.plain[key]
+    conversion = plan.conversions.get(key)
+    tensor = checkpoint.read(infos[0].name) if conversion is None else conversion.run(checkpoint.read, model)[key]
+    owner = model.get_submodule(key.rpartition(".")[0])
+    if not isinstance(owner, PackedWeight):  # the bias of a packed layer is saved as it was stored
+        tensor = tensor.to(plan.dtype_in_memory(key, infos[0]))
+    set_tensor(model, key, tensor, device)
+
+
+def set_tensor(model: nn.Module, key: str, tensor: Tensor, device: torch.device | str) -> None:
+    """Replace a parameter or buffer of the model."""
+    path, _, own = key.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = tensor.to(device)
+    if own in module._parameters:
+        old = module._parameters[own]
+        trained = old is not None and old.requires_grad and tensor.is_floating_point()
+        module._parameters[own] = nn.Parameter(tensor, requires_grad=trained)
+    else:
+        module._buffers[own] = tensor
+
+
+def tie(model: Any, plan: Plan) -> None:
+    """Let tied layers share: the same parameter if it is dense, the same packed table if it is not."""
+    model.all_tied_weights_keys = dict(plan.tied)
+    for target, source in plan.tied.items():
+        owner = model.get_submodule(source.rpartition(".")[0])
+        path, _, own = target.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(owner, PackedWeight):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, TiedLinear(owner, module._parameters.get("bias")))
+        else:
+            module._parameters[own] = owner._parameters[source.rpartition(".")[2]]

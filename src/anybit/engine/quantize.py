@@ -1,0 +1,129 @@
+"""Dense checkpoint -> quantized checkpoint, file to file: one weight in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybit.containers import Checkpoint
+from anybit.engine.load import Prepared, Progress, prepare
+from anybit.engine.materialize import make_weight
+from anybit.engine.plan import Entry, Plan
+from anybit.engine.write import Job, Spec, side_files, write_checkpoint
+from anybit.errors import ConfigError
+from anybit.quantizers.checkpoint_config import KEY, read_json
+from anybit.weight.layout import join_name
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    quantization_config: Any,
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    device: torch.device | str = "cpu",
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    hub_options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Quantize the dense checkpoint `src` (a folder or hub id) to the new folder `dst`; returns what was done.
+
+    Memory stays at one weight, whatever the size of the model. `dtype`: of what stays dense (default: as stored);
+    `device`: where weights are quantized. The source is never touched; `dst` appears only when it is complete.
+    Raises ConfigError (also for a source that is already quantized), CheckpointError, FileExistsError without `force`.
+    """
+    if quantization_config is None:
+        raise ConfigError("quantize needs a configuration, e.g. BitsAndBytesConfig(load_in_4bit=True)")
+    ready = prepare(
+        src, quantization_config, dtype=dtype, device_map=device, allow_pickle=allow_pickle, hub_options=hub_options
+    )
+    assert ready.quantizer is not None
+    if ready.quantizer.pre_quantized:
+        raise ConfigError(
+            f"{src} is already quantized with {ready.quantizer.method_name}; quantize starts from dense weights. "
+            "Dequantize it first (anybit dequantize), or start from the original checkpoint"
+        )
+    keep = dtype in ("auto", None)
+    jobs: list[Job] = []
+    for entry in ready.plan.entries:
+        if entry.action == "quantize":
+            jobs.append(_quantize_job(ready, entry, torch.device(device)))
+        else:
+            jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in stored_of(entry)]
+    for infos in ready.plan.plain.values():
+        jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in infos]
+    config = source_config(ready)
+    config[KEY] = ready.quantizer.quantization_config.to_dict()
+    if not keep:
+        config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
+    write_checkpoint(
+        dst, _once(jobs), config, max_shard_size=max_shard_size, copy_from=side_files(ready.folder), force=force,
+        progress=progress,
+    )  # fmt: skip
+    ready.checkpoint.release()
+    return ready.plan
+
+
+def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
+    specs: dict[str, Spec] = {}
+    for part in entry.parts:
+        assert part.layout is not None
+        for own, spec in part.layout.specs().items():
+            specs[join_name(part.prefix, own)] = spec
+
+    def make() -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for part in entry.parts:
+            assert part.layout is not None
+            weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+            for own, tensor in part.layout.encode(weight).items():
+                made[join_name(part.prefix, own)] = tensor.cpu()
+        ready.checkpoint.release()
+        return made
+
+    return Job(entry.slot.module, specs, make)
+
+
+# --- shared with dequantize ------------------------------------------------------------------------------------------------
+
+
+def stored_of(entry: Entry) -> list[Any]:
+    """Every stored tensor of a weight."""
+    return [info for part in entry.parts for info in part.stored.values()]
+
+
+def copy_job(checkpoint: Checkpoint, info: Any, dtype: torch.dtype | None) -> Job:
+    """A stored tensor under its own name; floating-point numbers become `dtype` unless it is None."""
+    stored: torch.dtype = getattr(torch, info.dtype)
+    target = dtype if dtype is not None and stored.is_floating_point and stored.itemsize > 1 else stored
+
+    def make() -> dict[str, Tensor]:
+        return {info.name: checkpoint.read(info.name).to(target)}
+
+    return Job(info.name, {info.name: (str(target).removeprefix("torch."), tuple(info.shape))}, make)
+
+
+def source_config(ready: Prepared) -> dict[str, Any]:
+    """config.json of the source, as a dictionary; the model class's own when there is none."""
+    file = Path(ready.folder) / "config.json"
+    return read_json(file) if file.is_file() else dict(ready.model.config.to_diff_dict())
+
+
+def _once(jobs: list[Job]) -> list[Job]:
+    """A stored tensor that several weights are made of is copied once."""
+    seen: set[str] = set()
+    kept = []
+    for job in jobs:
+        if not seen.issuperset(job.specs):
+            kept.append(job)
+        seen.update(job.specs)
+    return kept
+
+
