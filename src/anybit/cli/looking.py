@@ -1,0 +1,248 @@
+"""Commands that look and change nothing: methods, inspect, plan, doctor. `methods` and `inspect --headers` need no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anybit.cli.options import ConfigFile, Debug, Device, Dtype, Json, Method, Quiet, Scheme, Setting, Source
+from anybit.cli.report import Output, number, pairs, percent, shape, size, table
+from anybit.cli.schemes import chosen, schemes
+
+All = Annotated[bool, typer.Option("--all", "-a", help="Every module by itself instead of groups of equal ones.")]
+
+
+def methods(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the quantization methods and the named schemes."""
+    from anybit.engine.capabilities import methods as known
+    from anybit.quantizers.base import HfQuantizer
+    from anybit.quantizers.registry import quantizer_class
+
+    def creates(name: str) -> bool:
+        return quantizer_class(name).layout_for is not HfQuantizer.layout_for
+
+    found = known()
+    named = schemes()
+    data = {
+        "methods": [{**info.to_dict(), "creates": info.loads and creates(info.name)} for info in found],
+        "schemes": {name: {"config": cls.__name__, "options": options} for name, (cls, options) in named.items()},
+    }
+    mark = {True: "yes", False: "-"}
+    rows = [
+        (
+            info.name,
+            mark[info.loads],
+            mark[info.loads and creates(info.name)],
+            mark[info.calibration],
+            mark[info.trains],
+            info.config,
+        )
+        for info in found
+    ]
+    by_config: dict[str, list[str]] = {}
+    for name, (cls, _) in named.items():
+        by_config.setdefault(cls.__name__, []).append(name)
+    Output(as_json, quiet).result(
+        data,
+        table(["method", "loads", "creates", "needs data", "trains", "configuration"], rows),
+        "",
+        "loads: its checkpoints run packed. creates: `anybit quantize` can write it.",
+        "needs data: codes are fitted to calibration data. trains: adapters (LoRA) train on it.",
+        "",
+        table(
+            ["schemes of", "names for --scheme"], [(config, ", ".join(names)) for config, names in by_config.items()]
+        ),
+    )
+
+
+def inspect(
+    path: Source,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Only names, shapes and bytes; fast, needs no model class.")
+    ] = False,
+    every: All = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint is, from its headers: method, tensors, bytes, problems."""
+    from anybit.engine.inspection import inspect as look
+
+    found = look(path, layouts=not headers)
+    groups = _groups(
+        found.modules, every, name=lambda module: module.name,
+        alike=lambda module: (module.layout, number(module.bits_per_weight, 2), *module.tensors.items()),
+    )  # fmt: skip
+    rows = []
+    for name, members in groups:
+        first = members[0]
+        for line, (own, stored) in enumerate(first.tensors.items()):
+            head = (name, first.layout, number(first.bits_per_weight, 2), size(sum(module.bytes for module in members)))
+            rows.append((*(head if line == 0 else ("", "", "", "")), f"{own} {_short(stored)}"))
+    columns = ["module", "layout", ">bits", ">bytes", "stored tensors"]
+    if headers:
+        rows = [(row[0], *row[3:]) for row in rows]
+        columns = ["module", ">bytes", "stored tensors"]
+    Output(as_json, quiet).result(
+        found.to_dict(),
+        pairs(
+            [
+                ("path", found.path),
+                ("model", found.architecture),
+                ("method", found.method or "none (dense)"),
+                ("options", _options(found.config)),
+                ("files", ", ".join(f"{Path(file).name} {size(count)}" for file, count in found.files.items())),
+                ("tensors", size(found.bytes_on_disk)),
+                ("weights", f"{found.weights:,} at {number(found.bits_per_weight, 2)} bits" if found.weights else None),
+                ("quantized", percent(found.coverage) if found.coverage is not None else None),
+                ("ignored", "; ".join(f"{name} ({why})" for name, why in found.ignored.items())),
+            ]
+        ),
+        "",
+        table(columns, rows),
+        *(
+            ["", *(f"problem: {problem}" for problem in found.problems)]
+            if found.problems
+            else ["", "no problems found"]
+        ),
+    )
+    if found.problems:
+        from anybit.cli.errors import CHECKPOINT
+
+        raise typer.Exit(CHECKPOINT)
+
+
+def plan(
+    path: Source,
+    scheme: Scheme = None,
+    method: Method = None,
+    set_: Setting = None,
+    config: ConfigFile = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    every: All = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what loading would do, before a byte of data is read: layouts, kernels, devices, memory, and why."""
+    wanted = chosen(scheme, method, set_, config)
+    from anybit.engine.load import plan as make
+
+    made = make(path, wanted, dtype=dtype, device_map=device)
+    groups = _groups(
+        made.entries, every, name=lambda entry: entry.slot.module,
+        alike=lambda entry: (entry.action, entry.layout, tuple(entry.slot.shape), entry.kernel, entry.device, entry.reason),
+    )  # fmt: skip
+    reasons: dict[str, int] = {}
+    rows = []
+    for name, members in groups:
+        first = members[0]
+        note = f"[{reasons.setdefault(first.reason, len(reasons) + 1)}]" if first.reason else ""
+        memory = size(sum(entry.bytes_memory for entry in members))
+        layout = first.layout if first.action != "quantize" else f"{first.layout} (made now)"
+        rows.append(
+            (
+                name,
+                layout,
+                shape(first.slot.shape),
+                number(first.bits_per_weight, 2),
+                memory,
+                f"{first.kernel} {note}".strip(),
+            )
+        )
+    Output(as_json, quiet).result(
+        made.to_dict(),
+        table(["module", "layout", ">shape", ">bits", ">memory", "kernel"], rows),
+        *(f"[{mark}] {reason}" for reason, mark in reasons.items()),
+        "",
+        pairs(
+            [
+                ("method", made.method or "none (dense)"),
+                ("device", ", ".join(dict.fromkeys(entry.device for entry in made.entries))),
+                ("on disk", size(made.bytes_on_disk)),
+                ("in memory", size(made.bytes_in_memory)),
+                ("peak of loading", f"{size(made.peak_bytes)}, beside Python and torch themselves"),
+                ("quantized", percent(made.coverage)),
+                ("ignored", "; ".join(f"{name} ({why})" for name, why in made.ignored.items())),
+                ("notes", "; ".join(made.notes)),
+            ]
+        ),
+    )
+
+
+def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Show versions, devices, kernels and what is missing on this machine."""
+    from anybit.cli.machine import facts
+
+    found = facts()
+    lines: list[Any] = []
+    for title in ("versions", "machine", "torch"):
+        lines += [title, pairs([(f"  {name}", value) for name, value in found[title].items()])]
+    lines += ["devices", pairs([(f"  {item['device']}", item["what"]) for item in found["devices"]])]
+    kernels = [
+        (f"  {item['name']}", item["unavailable"] or f"ready: {item['description']}") for item in found["kernels"]
+    ]
+    lines += ["kernels, the preferred ones first", pairs(kernels)]
+    missing = [(f"  {item['package']}", f"missing; {item['install']}") for item in found["missing"]]
+    lines += ["optional packages", pairs(missing or [("  all", "installed")])]
+    Output(as_json, quiet).result(found, *lines)
+
+
+# --- groups of equal modules ----------------------------------------------------------------------------------------------
+
+
+def _groups(items: Iterable[Any], every: bool, name: Any, alike: Any) -> list[tuple[str, list[Any]]]:
+    """Modules that differ only in the numbers of their names, under a name with the numbers' range."""
+    found: dict[Any, list[Any]] = {}
+    for item in items:
+        pattern = name(item) if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", name(item))
+        found.setdefault((pattern, alike(item)), []).append(item)
+    return [(_ranged([name(item) for item in members]), members) for members in found.values()]
+
+
+def _ranged(names: list[str]) -> str:
+    """["a.0.b", "a.1.b", "a.5.b"] -> "a.{0-1,5}.b"."""
+    pieces = []
+    for column in zip(*(name.split(".") for name in names)):
+        values = list(dict.fromkeys(column))
+        pieces.append(values[0] if len(values) == 1 else "{" + _spans(sorted(map(int, values))) + "}")
+    return ".".join(pieces)
+
+
+def _spans(values: list[int]) -> str:
+    spans: list[list[int]] = []
+    for value in values:
+        if spans and value == spans[-1][1] + 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _short(stored: str) -> str:
+    """ "float16 [8, 32]" -> "float16 8x32"."""
+    dtype, _, numbers = stored.partition(" ")
+    return f"{dtype} {shape(re.findall(r'[0-9]+', numbers)) or 'scalar'}"  # type: ignore[arg-type]
+
+
+def _options(config: Any) -> str:
+    hidden = {"quant_method", "extra_fields"}
+    shown = {
+        name: value
+        for name, value in (config or {}).items()
+        if value is not None and name not in hidden and name[:1] != "_"
+    }
+    text = ", ".join(
+        f"{name}={value}"
+        for name, value in shown.items()
+        if not isinstance(value, (dict, list)) or len(str(value)) < 60
+    )
+    return text
+
+
+COMMANDS = (methods, inspect, plan, doctor)

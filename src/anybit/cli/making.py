@@ -1,0 +1,134 @@
+"""Commands that write checkpoints: quantize, dequantize."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from anybit.cli.options import (
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Method,
+    Quiet,
+    Scheme,
+    Setting,
+    Shard,
+    Source,
+    Target,
+)
+from anybit.cli.progress import peak_memory
+from anybit.cli.report import Output, duration, pairs, percent, size
+from anybit.cli.schemes import chosen
+
+
+def quantize(
+    path: Source,
+    output: Target,
+    scheme: Scheme = None,
+    method: Method = None,
+    set_: Setting = None,
+    config: ConfigFile = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    max_shard_size: Shard = "5GB",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a dense checkpoint, file to file, one weight in memory at a time.
+
+    anybit quantize meta-llama/Llama-3.2-1B -o llama-nf4 --scheme nf4
+    """
+    wanted = chosen(scheme, method, set_, config, required=True)
+    out = Output(as_json, quiet)
+    from anybit.engine.quantize import quantize as run
+
+    begin = time.perf_counter()
+    with out.progress("quantize") as report:
+        plan = run(
+            path,
+            output,
+            wanted,
+            dtype=dtype,
+            device=_device(device),
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=report,
+        )
+    _written(out, plan, output, time.perf_counter() - begin)
+
+
+def dequantize(
+    path: Source,
+    output: Target,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    max_shard_size: Shard = "5GB",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized checkpoint as a dense one.
+
+    anybit dequantize llama-nf4 -o llama-dense --dtype bfloat16
+    """
+    out = Output(as_json, quiet)
+    from anybit.engine.dequantize import dequantize as run
+
+    begin = time.perf_counter()
+    with out.progress("dequantize") as report:
+        plan = run(
+            path,
+            output,
+            dtype=dtype,
+            device=_device(device),
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=report,
+        )
+    _written(out, plan, output, time.perf_counter() - begin)
+
+
+def _device(name: str) -> Any:
+    """The one device to compute on."""
+    from anybit.engine.devices import main_device
+
+    return main_device(name)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", ".bin"))
+
+
+def _written(out: Output, plan: Any, output: Path, seconds: float) -> None:
+    before, after, peak = plan.bytes_on_disk, weight_bytes(output), peak_memory()
+    out.result(
+        {
+            **plan.to_dict(),
+            "output": str(output),
+            "bytes_read": before,
+            "bytes_written": after,
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+        },
+        pairs(
+            [
+                ("written", output),
+                ("method", plan.method),
+                ("weights", f"{size(before)} -> {size(after)}"),
+                ("covered", f"{percent(plan.coverage)} of the weights are quantized in the quantized checkpoint"),
+                ("took", f"{duration(seconds)}, peak memory {size(peak)}"),
+            ]
+        ),
+    )
+
+
+COMMANDS = (quantize, dequantize)
