@@ -73,7 +73,9 @@ def explain(model: Any) -> Plan:
 
     plan: Plan | None = getattr(model, "anybit_plan", None)
     if plan is None:
-        raise ConfigError(f"this {type(model).__name__} was not loaded by anybit; anybit.load or anybit.AutoModel* makes a plan")
+        raise ConfigError(
+            f"this {type(model).__name__} was not loaded by anybit; anybit.load or anybit.AutoModel* makes a plan"
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     for entry in plan.entries:
         layer = layers.get(entry.slot.module)

@@ -138,6 +138,8 @@ def _fill(layer: nn.Module, dense: Tensor, packed: nn.Module) -> None:
     layer._parameters["weight"] = nn.Parameter(dense)
     for own, parameter in packed._parameters.items():
         if parameter is not None and not own.startswith(("_packed_", "_extra_")):
-            layer._parameters[own] = nn.Parameter(parameter.detach().to(dense.dtype), requires_grad=parameter.requires_grad)
+            layer._parameters[own] = nn.Parameter(
+                parameter.detach().to(dense.dtype), requires_grad=parameter.requires_grad
+            )
     layer._buffers.update(packed._buffers)
     layer.train(packed.training)

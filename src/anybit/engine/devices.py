@@ -21,7 +21,11 @@ def main_device(device_map: Any) -> torch.device:
         return torch.device("cpu")
     if isinstance(device_map, (str, int, torch.device)):
         if device_map in AUTOMATIC:
-            return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+            return (
+                torch.accelerator.current_accelerator() or torch.device("cpu")
+                if torch.accelerator.is_available()
+                else torch.device("cpu")
+            )
         return _device(device_map)
     for target in device_map.values():
         if target not in ("cpu", "disk"):
@@ -65,12 +69,18 @@ class Placement:
     @property
     def hooked(self) -> bool:
         """Whether accelerate has to move weights or activations at run time."""
-        return self.whole is None and (len(set(map(str, self.device_map.values()))) > 1 or "disk" in self.device_map.values())
+        return self.whole is None and (
+            len(set(map(str, self.device_map.values()))) > 1 or "disk" in self.device_map.values()
+        )
 
 
 def place(model: nn.Module, device_map: Any, max_memory: Mapping[Any, Any] | None) -> Placement:
     """The placement a user asked for. Automatic maps count packed bytes, as the layers are already packed on meta."""
-    if device_map is None or isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and device_map not in AUTOMATIC):
+    if (
+        device_map is None
+        or isinstance(device_map, (int, torch.device))
+        or (isinstance(device_map, str) and device_map not in AUTOMATIC)
+    ):
         if device_map == "disk":
             return Placement({"": "disk"}, None)
         return Placement({}, main_device(device_map))
@@ -111,13 +121,17 @@ class Offloader:
         assert self.folder is not None
         os.makedirs(self.folder, exist_ok=True)
         for key, owner, own in list(_tensors_under(model, name)):
-            store = owner._parameters if own in owner._parameters else owner._buffers
+            store: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers  # type: ignore[assignment]
             tensor = store[own]
             if tensor is None or tensor.device.type == "meta":
                 continue
             file = os.path.join(self.folder, f"{key}.safetensors")
             save_file({key: tensor.detach().contiguous()}, file)
-            self.index[key] = {"safetensors_file": file, "weight_name": key, "dtype": str(tensor.dtype).removeprefix("torch.")}
+            self.index[key] = {
+                "safetensors_file": file,
+                "weight_name": key,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
             gone = tensor.detach().to("meta")
             store[own] = nn.Parameter(gone, requires_grad=False) if own in owner._parameters else gone
 
@@ -127,7 +141,10 @@ class Offloader:
             return
         from accelerate import dispatch_model
 
-        mapping = {name: str(target) if isinstance(target, torch.device) else target for name, target in self.placement.device_map.items()}
+        mapping = {
+            name: str(target) if isinstance(target, torch.device) else target
+            for name, target in self.placement.device_map.items()
+        }
         dispatch_model(
             model, mapping, main_device=main_device(mapping), offload_dir=self.folder, offload_index=self.index or None,
             offload_buffers=False, force_hooks=True, skip_keys=getattr(model, "_skip_keys_device_placement", None),

@@ -49,7 +49,11 @@ class Inspection:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, layouts: bool = True, allow_pickle: bool = False, hub_options: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    *,
+    layouts: bool = True,
+    allow_pickle: bool = False,
+    hub_options: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Look at a folder, a file or a hub id without reading weights. `layouts` False skips the model class, and torch.
 
@@ -109,7 +113,10 @@ def _details(location: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[s
     weights = sum(entry.weights for entry in made.entries)
     stored = sum(entry.bytes_stored for entry in made.entries)
     by_module = {
-        part.prefix: (type(part.layout).__name__ if part.layout else "dense", 8 * part.bytes_stored * len(entry.parts) / entry.weights)
+        part.prefix: (
+            type(part.layout).__name__ if part.layout else "dense",
+            8 * part.bytes_stored * len(entry.parts) / entry.weights,
+        )
         for entry in made.entries
         for part in entry.parts
     }

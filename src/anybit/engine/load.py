@@ -183,7 +183,7 @@ def _finish(model: Any, plan: Plan, placement: devices.Placement) -> None:
     """Tie weights, and compute buffers that are never stored."""
     for module in model.modules():
         if isinstance(module, PackedWeight):
-            module._is_hf_initialized = True
+            module._is_hf_initialized = True  # type: ignore[assignment]
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
     tie(model, plan)
@@ -193,7 +193,9 @@ def _finish(model: Any, plan: Plan, placement: devices.Placement) -> None:
             if buffer is not None and buffer.device.type == "meta":
                 key = f"{name}.{own}" if name else own
                 target = placement.device_of(key)
-                set_tensor(model, key, torch.empty(buffer.shape, dtype=buffer.dtype), "cpu" if target == "disk" else target)
+                set_tensor(
+                    model, key, torch.empty(buffer.shape, dtype=buffer.dtype), "cpu" if target == "disk" else target
+                )
     model.initialize_weights()
 
 

@@ -22,7 +22,9 @@ def load_entry(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoin
     if entry.action == "dense":
         set_tensor(model, entry.slot.parameter, read_dense(model, entry, plan, checkpoint), device)
         return
-    attach_packed(model, entry, [make_weight(model, entry, part, checkpoint, device).to(device) for part in entry.parts])
+    attach_packed(
+        model, entry, [make_weight(model, entry, part, checkpoint, device).to(device) for part in entry.parts]
+    )
 
 
 def make_weight(
@@ -42,7 +44,7 @@ def make_weight(
         dense = dense_part(model, entry, part, checkpoint).to(device)
         return algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
     except AnybitError as error:
-        raise located(error, f"{part.prefix} ({next(iter(part.stored.values())).file})")
+        raise located(error, f"{part.prefix} ({next(iter(part.stored.values())).file})") from error.__cause__
 
 
 def dense_part(model: nn.Module, entry: Entry, part: PlannedPart, checkpoint: Checkpoint) -> Tensor:
@@ -104,7 +106,7 @@ def packed_layer(module: Any, slot: Slot) -> PackedWeight:
     else:
         packed = QuantLinear(slot.shape[1], slot.shape[0], module._parameters.get("bias"))
     if type(module) not in (nn.Linear, nn.Embedding) and slot.kind != "conv1d":
-        twin = type(f"Quant{type(module).__name__}", (type(module), type(packed)), {})
+        twin: Any = type(f"Quant{type(module).__name__}", (type(module), type(packed)), {})
         own = {name: tensor for name, tensor in module._parameters.items() if name != "weight"}
         kept = {"_parameters": own, "_buffers": module._buffers, "_modules": module._modules}
         state = {**module.__dict__, **packed.__dict__, **kept}
@@ -148,7 +150,7 @@ def tie(model: Any, plan: Plan) -> None:
         owner = model.get_submodule(source.rpartition(".")[0])
         path, _, own = target.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(owner, PackedWeight):
+        if isinstance(owner, PackedWeight) and own == "weight":
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, TiedLinear(owner, module._parameters.get("bias")))
         else:

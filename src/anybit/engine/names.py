@@ -83,7 +83,7 @@ class Names:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        mapping = get_model_conversion_mapping(model)
         self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.state: dict[str, Any] = dict(model.state_dict())
@@ -126,7 +126,9 @@ class Names:
             return key, None, ""
         if pattern is None:
             return renamed, None, ""
-        converter = next(one for one in self.converters if pattern in one.source_patterns and _took(one, key, self.renamings))
+        converter = next(
+            one for one in self.converters if pattern in one.source_patterns and _took(one, key, self.renamings)
+        )
         return renamed, converter, pattern
 
     def _place(self, key: str, renamed: str) -> tuple[str, Index, str, str] | None:
@@ -180,7 +182,7 @@ def restored_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     """Dense tensors under model keys -> under checkpoint names, conversions undone by transformers."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    result: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))  # type: ignore[arg-type]
+    result: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return result
 
 
@@ -190,7 +192,10 @@ def _keeps_parts(converter: Any) -> bool:
     if len(converter.target_patterns) != 1 or not set(kinds) <= {"MergeModulelist", "Concatenate"}:
         return False
     rows = 1 if "MergeModulelist" in kinds else 0
-    return all(operation.dim == (0 if kind == "MergeModulelist" else rows) for operation, kind in zip(converter.operations, kinds))
+    return all(
+        operation.dim == (0 if kind == "MergeModulelist" else rows)
+        for operation, kind in zip(converter.operations, kinds)
+    )
 
 
 def _took(converter: Any, key: str, renamings: list[Any]) -> bool:

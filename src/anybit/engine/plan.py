@@ -168,7 +168,7 @@ def build_plan(
     """
     sorted_names = names.sort(checkpoint.tensors)
     tied = _tied_keys(model, sorted_names)
-    plan = Plan(str(checkpoint.path), quantizer.method_name if quantizer else None, [], {}, {}, {}, tied, dtype)
+    plan = Plan(str(checkpoint.path), quantizer.method_name if quantizer else None, [], {}, {}, tied, dtype)
     plan.dtypes = _dtypes(model, names, dtype)
     builder = _Builder(plan, checkpoint, quantizer, device)
     for parameter, slot in slots.items():
@@ -180,10 +180,14 @@ def build_plan(
         if parameter in tied:
             twin = _parts_of(slots[tied[parameter]], sorted_names, checkpoint) if tied[parameter] in slots else []
             if twin and _same_dense(parts, twin, checkpoint):
-                plan.ignored[next(iter(parts[0].stored.values())).name] = f"tied to {tied[parameter]}, which holds the same bytes"
+                plan.ignored[next(iter(parts[0].stored.values())).name] = (
+                    f"tied to {tied[parameter]}, which holds the same bytes"
+                )
                 continue
             tied.pop(parameter)
-            plan.notes.append(f"{parameter} could share a weight of the model, but is stored with contents of its own, and keeps them")
+            plan.notes.append(
+                f"{parameter} could share a weight of the model, but is stored with contents of its own, and keeps them"
+            )
         plan.entries.append(builder.entry(slot, parts))
 
     _settle_rest(sorted_names.unknown, plan, model, names, quantizer, checkpoint, strict)
@@ -206,7 +210,8 @@ def build_plan(
 def _tied_keys(model: nn.Module, sorted_names: Sorted) -> dict[str, str]:
     """Model key -> key of the weight it shares, where the second is the one that is stored."""
     tied: dict[str, str] = {}
-    for target, source in dict(getattr(model, "all_tied_weights_keys", {}) or {}).items():
+    declared: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in declared.items():
         source = tied.get(source, source)
         if _has(sorted_names, target) and not _has(sorted_names, source):
             target, source = source, target
@@ -232,7 +237,8 @@ def _dtypes(model: nn.Module, names: Names, dtype: torch.dtype) -> dict[str, tor
     """Model key -> dtype in memory, as transformers chooses it: some modules insist on float32."""
     kept = [re.compile(rf"(^|\.){name}($|\.)") for name in model._get_dtype_plan(dtype)]  # type: ignore[operator]
     return {
-        key: torch.float32 if any(pattern.search(key) for pattern in kept) else tensor.dtype for key, tensor in names.state.items()
+        key: torch.float32 if any(pattern.search(key) for pattern in kept) else tensor.dtype
+        for key, tensor in names.state.items()
     }
 
 
@@ -286,7 +292,9 @@ class _Builder:
                 _check_stored(layout, self._specs[layout], part.stored, part.prefix)
                 return layout
         if part.conversion is None and not _is_dense(part.stored):
-            method = self.quantizer.method_name if self.quantizer is not None and self.pre_quantized else "no quantization"
+            method = (
+                self.quantizer.method_name if self.quantizer is not None and self.pre_quantized else "no quantization"
+            )
             raise UnexpectedTensor(
                 f"{part.prefix}: stored tensors {', '.join(sorted(part.stored))} are not a dense weight, and {method} does not "
                 f"read them (file {next(iter(part.stored.values())).file}). Check the checkpoint's quantization_config"
@@ -392,13 +400,17 @@ def _check_dense_shape(slot: Slot, parts: list[PlannedPart]) -> None:
     if slot.transposed:
         want = (*want[:-2], want[-1], want[-2])
     if tuple(info.shape) != want:
-        raise ShapeMismatch(f"tensor {info.name!r} in {info.file} has shape {tuple(info.shape)}, the model wants {want}")
+        raise ShapeMismatch(
+            f"tensor {info.name!r} in {info.file} has shape {tuple(info.shape)}, the model wants {want}"
+        )
 
 
 def _check_plain(key: str, info: TensorInfo, names: Names) -> None:
     want = tuple(names.state[key].shape)
     if tuple(info.shape) != want:
-        raise ShapeMismatch(f"tensor {info.name!r} in {info.file} has shape {tuple(info.shape)}, the model wants {want}")
+        raise ShapeMismatch(
+            f"tensor {info.name!r} in {info.file} has shape {tuple(info.shape)}, the model wants {want}"
+        )
 
 
 def _dense_reason(slot: Slot, quantizer: HfQuantizer | None) -> str:

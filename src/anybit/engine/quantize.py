@@ -125,5 +125,3 @@ def _once(jobs: list[Job]) -> list[Job]:
             kept.append(job)
         seen.update(job.specs)
     return kept
-
-

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
 # options of transformers' save_pretrained that need nothing from us
 _HARMLESS = ("safe_serialization", "is_main_process", "save_original_format", "token")
-_OPTIONS = ("max_shard_size", "force", "push_to_hub", "repo_id", "commit_message", "private", "variant", "state_dict", *_HARMLESS)
+_OPTIONS = (
+    "max_shard_size",
+    "force",
+    "push_to_hub",
+    "repo_id",
+    "commit_message",
+    "private",
+    "variant",
+    "state_dict",
+    *_HARMLESS,
+)
 
 
 def bind(model: Any, prepared: Prepared) -> None:
@@ -64,7 +74,9 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], **optio
     """
     for name in options:
         if name not in _OPTIONS:
-            raise InvalidOption(f"save_pretrained has no option {name!r}{did_you_mean(name, _OPTIONS)}. Options: {', '.join(_OPTIONS)}")
+            raise InvalidOption(
+                f"save_pretrained has no option {name!r}{did_you_mean(name, _OPTIONS)}. Options: {', '.join(_OPTIONS)}"
+            )
     if options.get("state_dict") is not None:
         raise InvalidOption("save_pretrained writes the packed model itself; a state_dict cannot replace it")
     if not options.get("is_main_process", True):

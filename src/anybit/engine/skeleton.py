@@ -51,7 +51,11 @@ def build(config: Any, auto_class: Any = None, **kwargs: Any) -> nn.Module:
                 break
         else:
             chosen = next(
-                (auto for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel) if type(config) in auto._model_mapping),
+                (
+                    auto
+                    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel)
+                    if type(config) in auto._model_mapping
+                ),
                 None,
             )
     if chosen is None:

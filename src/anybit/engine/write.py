@@ -66,13 +66,17 @@ def write_checkpoint(
             inside, jobs, config, order=order, metadata=metadata, max_shard_size=max_shard_size, copy_from=copy_from,
             extra_files=extra_files, force=True, progress=progress,
         )  # fmt: skip
-        for file in sorted(inside.iterdir(), key=lambda file: file.name == "config.json"):  # config.json makes it a model: last
+        for file in sorted(
+            inside.iterdir(), key=lambda file: file.name == "config.json"
+        ):  # config.json makes it a model: last
             if not (target / file.name).exists() or file.suffix != ".json" or file.name == "config.json":
                 os.replace(file, target / file.name)
         shutil.rmtree(inside)
         return target
     with atomic_folder(target, force=force) as folder:
-        with SafetensorsWriter(folder, specs, max_shard_size=max_shard_size, metadata=dict(metadata or {"format": "pt"})) as writer:
+        with SafetensorsWriter(
+            folder, specs, max_shard_size=max_shard_size, metadata=dict(metadata or {"format": "pt"})
+        ) as writer:
             for number, job in enumerate(jobs):
                 made = job.make()
                 for name, tensor in made.items():
@@ -101,5 +105,8 @@ def side_files(folder: Path, drop: Iterable[str] = ()) -> list[Path]:
     return [
         file
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix in SIDE_SUFFIXES and not file.name.endswith(NOT_COPIED) and file.name not in dropped
+        if file.is_file()
+        and file.suffix in SIDE_SUFFIXES
+        and not file.name.endswith(NOT_COPIED)
+        and file.name not in dropped
     ]

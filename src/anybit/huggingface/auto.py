@@ -49,12 +49,14 @@ class AutoClass:
         """
         if trust_remote_code:
             raise UnsafeFile(
-                f"{pretrained_model_name_or_path}: trust_remote_code would run code from the checkpoint, which anybit never does. "
-                "Use a model class that transformers has"
+                f"{pretrained_model_name_or_path}: trust_remote_code would run code of the checkpoint, which anybit never "
+                "does. Use a model class that transformers has"
             )
         for name in _LEGACY:
             if name in kwargs:
-                raise InvalidOption(f"{name} is an option of BitsAndBytesConfig: quantization_config=BitsAndBytesConfig({name}=True)")
+                raise InvalidOption(
+                    f"{name} is an option of BitsAndBytesConfig: quantization_config=BitsAndBytesConfig({name}=True)"
+                )
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         path = locate(pretrained_model_name_or_path, **hub_options)
         path = path / subfolder if subfolder else path
@@ -64,7 +66,9 @@ class AutoClass:
         for name in _HARMLESS:
             kwargs.pop(name, None)
         own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
-        model_options = {name: kwargs.pop(name) for name in ("attn_implementation", "experts_implementation") if name in kwargs}
+        model_options = {
+            name: kwargs.pop(name) for name in ("attn_implementation", "experts_implementation") if name in kwargs
+        }
         folder = path if path.is_dir() else path.parent
         if config is None and kwargs:
             config, kwargs = transformers.AutoConfig.from_pretrained(
@@ -73,7 +77,13 @@ class AutoClass:
         if kwargs:
             raise InvalidOption(f"{cls.__name__}.from_pretrained has no argument {', '.join(map(repr, kwargs))}")
         return load(
-            path, quantization_config, auto_class=cls.theirs, config=config, dtype=wanted or "auto", **own, **model_options
+            path,
+            quantization_config,
+            auto_class=cls.theirs,
+            config=config,
+            dtype=wanted or "auto",
+            **own,
+            **model_options,
         )
 
     @classmethod
@@ -95,4 +105,6 @@ def twin(name: str) -> type | None:
     theirs = getattr(transformers, name, None)
     if theirs is None or not hasattr(theirs, "_model_mapping"):
         return None
-    return type(name, (AutoClass,), {"theirs": theirs, "__module__": "anybit", "__doc__": AutoClass.from_pretrained.__doc__})
+    return type(
+        name, (AutoClass,), {"theirs": theirs, "__module__": "anybit", "__doc__": AutoClass.from_pretrained.__doc__}
+    )

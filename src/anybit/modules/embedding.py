@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from anybit.modules.packed import PackedWeight
 
 
-class QuantEmbedding(PackedWeight, nn.Embedding):
+class QuantEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
     """An `nn.Embedding` whose table stays packed; only the rows asked for are decoded. `dequantize()`: [vocabulary, width]."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None):
@@ -23,4 +23,4 @@ class QuantEmbedding(PackedWeight, nn.Embedding):
         return torch.ops.anybit.embedding(input, self.packed, self.spec, self.embedding_dim, dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, layout={type(self.parts[0].layout).__name__}, kernel={self.kernel.name}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.form}"

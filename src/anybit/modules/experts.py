@@ -65,7 +65,7 @@ class QuantExperts(PackedWeight):
         raise NoKernel(f"packed experts do not take part in {function.__name__}; dequantize() gives the dense stack")
 
     def extra_repr(self) -> str:
-        return f"shape={tuple(self.shape)}, layout={type(self.parts[0].layout).__name__}, kernel={self.kernel.name}"
+        return f"shape={tuple(self.shape)}, {self.form}"
 
 
 class _Matrix:
@@ -104,7 +104,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     expert_of = top_k_index.reshape(-1)
     order = torch.argsort(expert_of, stable=True)
     sorted_experts = expert_of[order].clamp(max=self.num_experts - 1)
-    ends = torch.searchsorted(expert_of[order].contiguous(), torch.arange(self.num_experts, device=order.device), right=True)
+    ends = torch.searchsorted(
+        expert_of[order].contiguous(), torch.arange(self.num_experts, device=order.device), right=True
+    )
     x = hidden_states[order // choices]
 
     def multiply(name: str, x: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from anybit.modules.packed import PackedWeight
 
 
-class QuantLinear(PackedWeight, nn.Linear):
+class QuantLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     """An `nn.Linear` whose weight stays packed; whatever wraps linears (PEFT, hooks) works on it.
 
     `dequantize()` is the dense [out, in] weight.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
@@ -26,21 +26,22 @@ class QuantLinear(PackedWeight, nn.Linear):
         return torch.ops.anybit.linear(x, self.packed, self.bias, self.spec, self.out_features)
 
     def extra_repr(self) -> str:
-        layout = type(self.parts[0].layout).__name__
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, layout={layout}, kernel={self.kernel.name}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.form}"
 
 
 class TiedLinear(nn.Linear):
     """An output layer that multiplies with the packed table of an embedding; it owns nothing but its bias."""
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, owner: PackedWeight, bias: nn.Parameter | None = None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = owner.quantized_shape
         self.register_parameter("bias", bias)
-        self._owner = (owner,)  # in a tuple: the owner is a module of its own place in the model, not a child of this one
+        self._owner = (
+            owner,
+        )  # in a tuple: the owner is a module of its own place in the model, not a child of this one
 
     @property
     def owner(self) -> PackedWeight:
@@ -58,4 +59,6 @@ class TiedLinear(nn.Linear):
         return torch.ops.anybit.linear(x, self.owner.packed, self.bias, self.owner.spec, self.out_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, tied to a {type(self.owner).__name__}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, tied to a {type(self.owner).__name__}"
+        )

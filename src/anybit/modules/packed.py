@@ -92,6 +92,11 @@ class PackedWeight(nn.Module):
         return nan.expand(self.quantized_shape)
 
     @property
+    def form(self) -> str:
+        """How the weight is kept, for `repr`."""
+        return f"layout={type(self.parts[0].layout).__name__}, kernel={self.kernel.name}"
+
+    @property
     def packed(self) -> list[Tensor]:
         """The tensors of the kernel's form."""
         return [tensor for name, tensor in self._parameters.items() if name.startswith(_TENSOR) and tensor is not None]
@@ -127,7 +132,7 @@ class PackedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         hidden = {name: self._parameters.pop(name) for name in list(self._parameters) if _is_ours(name)}
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         self._parameters.update(hidden)
         for name, tensor in self.stored_tensors().items():
             destination[join_name(prefix.removesuffix("."), name)] = tensor
@@ -155,9 +160,7 @@ class PackedWeight(nn.Module):
                     missing_keys.append(key)
         rest = {key: value for key, value in state_dict.items() if key not in taken}
         hidden = {name: self._parameters.pop(name) for name in list(self._parameters) if _is_ours(name)}
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._parameters.update(hidden)
         if len(taken) == 0 or any(key.startswith(prefix) for key in missing_keys):
             return
@@ -194,6 +197,7 @@ class PackedWeight(nn.Module):
         else:
             self._parameters.update(moved)
         return self
+
 
 def _is_ours(name: str) -> bool:
     return name.startswith((_TENSOR, _EXTRA))

@@ -204,8 +204,8 @@ class _Grouped(torch.nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.stack.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.stack.load_state_dict(state, *args, **kwargs)
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.stack.load_state_dict(state_dict, *args, **kwargs)
 
 
 def _expert_of(row: int, ends: Tensor) -> int:

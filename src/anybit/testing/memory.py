@@ -102,7 +102,8 @@ def enlarged_checkpoint(
             made[unit.layout, slot.shape] = stored_as(unit.layout, slot.shape, unit.layout.decode(unit.tensors).extras)
         for name, tensor in made[unit.layout, slot.shape].items():
             tensors[join_name(slot.module, name)] = tensor.clone()
-    for source in model.all_tied_weights_keys if hasattr(model, "all_tied_weights_keys") else ():
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for source in tied:
         tensors.pop(source, None)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return Enlarged(folder, sum(4 * math.prod(slot.shape) for slot in found.values()))

@@ -52,8 +52,8 @@ def random_node(node: Node, generator: Generator) -> Node:
             return _masked(node, generator)
         case nodes.Permute():
             return replace(node, child=random_node(node.child, generator), index=_orders(node.index, generator))
-        case nodes.Rotate(matrix=torch.Tensor()):
-            matrix = torch.linalg.qr(torch.randn(node.matrix.shape, generator=generator))[0].to(node.matrix.dtype)
+        case nodes.Rotate(matrix=torch.Tensor() as stored):
+            matrix = torch.linalg.qr(torch.randn(stored.shape, generator=generator))[0].to(stored.dtype)
             return replace(node, child=random_node(node.child, generator), matrix=matrix)
         case nodes.Opaque():
             return replace(node, tensors=tuple(random_numbers(tensor, generator) for tensor in node.tensors))
@@ -112,7 +112,7 @@ def _grid(node: nodes.Grid, generator: Generator) -> Node:
         codes: Node = _codes(node.codes, generator, count, table)
     else:
         codes = random_node(node.codes, generator)
-    parts = {
+    parts: dict[str, Any] = {
         name: random_node(part, generator)
         for name in ("scale", "zero", "offset")
         if (part := getattr(node, name)) is not None
@@ -151,7 +151,7 @@ def _codebook(node: nodes.Codebook, generator: Generator) -> Node:
         else random_node(node.codes, generator)
     )
     tables = torch.randn(node.tables.shape, generator=generator).to(node.tables.dtype)
-    parts = {
+    parts: dict[str, Any] = {
         name: random_node(part, generator) for name in ("scale", "signs") if (part := getattr(node, name)) is not None
     }
     return replace(node, codes=codes, tables=tables, **parts)

@@ -62,8 +62,8 @@ def parameter(
     height = draw(st.sampled_from((1, -(-rows // block[0]))))
     width = draw(st.sampled_from((1, groups if groups is not None else -(-columns // block[1]))))
     if depth and draw(st.integers(0, 3)) == 0:
-        return draw(grids(height, width, depth=0))  # type: ignore[no-any-return]
-    return draw(values(height, width, invertible=draw(st.booleans())))  # type: ignore[no-any-return]
+        return draw(grids(height, width, depth=0))
+    return draw(values(height, width, invertible=draw(st.booleans())))
 
 
 @st.composite
@@ -137,7 +137,7 @@ def trees(draw: Draw, rows: int | None = None, columns: int | None = None, depth
     rows, columns = rows or draw(sizes), columns or draw(sizes)
     if depth == 0 or draw(st.integers(0, 2)) == 0:
         leaf = draw(st.sampled_from((values, grids, sparse, masked, _cropped_codebook)))
-        return draw(leaf(rows, columns))  # type: ignore[operator,no-any-return]
+        return draw(leaf(rows, columns))
     kind = draw(st.sampled_from(("sum", "columns", "rows", "permute", "transpose", "scaled", "rotate", "view", "crop")))
     below = depth - 1
     match kind:
@@ -160,9 +160,9 @@ def trees(draw: Draw, rows: int | None = None, columns: int | None = None, depth
             offset = draw(st.none() | parameter(rows, columns, (1, 1)))
             return nodes.Scaled(draw(trees(rows, columns, below)), scale, offset, draw(st.sampled_from(COMPUTE)))
         case "rotate":
-            return draw(_rotated(rows, columns, below))  # type: ignore[no-any-return]
+            return draw(_rotated(rows, columns, below))
         case "view":
-            return draw(_viewed(rows, columns, below))  # type: ignore[no-any-return]
+            return draw(_viewed(rows, columns, below))
     padded = draw(trees(rows + draw(st.integers(0, 3)), columns + draw(st.integers(0, 3)), below))
     return nodes.Crop(padded, rows, columns)
 

@@ -46,7 +46,11 @@ class Activation:
 
     def select(self, expert: int) -> Activation:
         """What one expert of a stack does to its input."""
-        return replace(self, tensors=tuple(tensor[expert] for tensor in self.tensors), stacked=False) if self.stacked else self
+        return (
+            replace(self, tensors=tuple(tensor[expert] for tensor in self.tensors), stacked=False)
+            if self.stacked
+            else self
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[self.names.index(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,7 @@ def gather_rows(node: Node, index: Tensor) -> Node:
     )
 
 
-def _parameter(node: Node | None, index: Tensor, gather: object, axis: int) -> Node | None:
+def _parameter(node: Node | None, index: Tensor, gather: Callable[[Node, Tensor], Node], axis: int) -> Node | None:
     if node is None or node.shape[axis] == 1:
         return node
-    return gather(node, index)  # type: ignore[operator,no-any-return]
+    return gather(node, index)

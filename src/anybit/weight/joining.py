@@ -184,9 +184,9 @@ def _codes(parts: list[nodes.Codes]) -> Node | None:
     )
 
 
-def _parameters(parts: list[Any], names: tuple[str, ...], high: int) -> dict[str, Node | None] | None:
+def _parameters(parts: list[Any], names: tuple[str, ...], high: int) -> dict[str, Any] | None:
     """Every named parameter joined, or None. A parameter that all rows share would have to be equal in all parts."""
-    joined: dict[str, Node | None] = {}
+    joined: dict[str, Any] = {}
     for name in names:
         own = [getattr(part, name) for part in parts]
         if all(node is None for node in own):

@@ -31,9 +31,24 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 # 8-bit floats that torch can read itself: a view and a cast beat a table look-up
-_TORCH_FLOAT8 = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e4m3fnuz": "float8_e4m3fnuz", "e5m2fnuz": "float8_e5m2fnuz"}
+_TORCH_FLOAT8 = {
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "e4m3fnuz": "float8_e4m3fnuz",
+    "e5m2fnuz": "float8_e5m2fnuz",
+}
 
-BITS = {"nf4": 4, "fp4_bnb": 4, "e2m1": 4, "iq4_nl": 4, "ternary": 2, "e2m3": 6, "e3m2": 6, "e8m0": 8, **dict.fromkeys(_TORCH_FLOAT8, 8)}
+BITS = {
+    "nf4": 4,
+    "fp4_bnb": 4,
+    "e2m1": 4,
+    "iq4_nl": 4,
+    "ternary": 2,
+    "e2m3": 6,
+    "e3m2": 6,
+    "e8m0": 8,
+    **dict.fromkeys(_TORCH_FLOAT8, 8),
+}
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int) -> list[float]:
@@ -43,7 +58,9 @@ def _minifloat(exponent_bits: int, mantissa_bits: int) -> list[float]:
     for exponent in range(1 << exponent_bits):
         for mantissa in range(1 << mantissa_bits):
             fraction = mantissa / (1 << mantissa_bits)
-            positive.append(fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias))
+            positive.append(
+                fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
+            )
     return positive + [-value for value in positive]
 
 

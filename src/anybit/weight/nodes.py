@@ -46,7 +46,7 @@ class Node:
 
     def select(self, expert: int) -> Node:
         """The matrix of one expert of a stack."""
-        return replace(self, **{name: value.select(expert) for name, value in children(self)})  # type: ignore[type-var]
+        return replace(self, **{name: value.select(expert) for name, value in children(self)})
 
     def take_rows(self, index: Tensor) -> Tensor:
         """float32 values [len(index), columns] of the rows named by `index`."""
@@ -83,7 +83,12 @@ def map_tensors(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
 def tensors_of(node: Node) -> list[Tensor]:
     """Every tensor of the tree, in field order."""
     found: list[Tensor] = []
-    map_tensors(node, lambda tensor: (found.append(tensor), tensor)[1])
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(node, keep)
     return found
 
 
@@ -242,7 +247,9 @@ class Grid(Node):
             chosen = replace(chosen, group_index=self.group_index[expert])
         return chosen
 
-    def _values(self, codes: Tensor, rows: slice, columns: slice, parameter: Callable[..., Tensor] = _parameter) -> Tensor:
+    def _values(
+        self, codes: Tensor, rows: slice, columns: slice, parameter: Callable[..., Tensor] = _parameter
+    ) -> Tensor:
         dtype = getattr(torch, self.compute)
         numbers = (codes if self.levels is None else tables.look_up(self.levels, codes)).to(dtype)
         place = (rows, columns, self.block, self.group_index)
@@ -314,7 +321,11 @@ class Codebook(Node):
         own_rows = slice(first_row, -(-rows.stop // high))
         own_columns = slice(first_column * books, -(-columns.stop // wide) * books)
         source = self.codes
-        codes = source.integers(own_rows, own_columns) if isinstance(source, Codes) else source.region(own_rows, own_columns)
+        codes = (
+            source.integers(own_rows, own_columns)
+            if isinstance(source, Codes)
+            else source.region(own_rows, own_columns)
+        )
         codes = codes.to(torch.int64).view(codes.shape[0], -1, books)
         total = self.tables[0].to(dtype)[codes[..., 0]]
         for book in range(1, books):
@@ -532,7 +543,11 @@ class Rotate(Node):
 
     def select(self, expert: int) -> Node:
         chosen: Rotate = super().select(expert)  # type: ignore[assignment]
-        return replace(chosen, matrix=self.matrix[expert]) if self.matrix is not None and self.matrix.dim() == 3 else chosen
+        return (
+            replace(chosen, matrix=self.matrix[expert])
+            if self.matrix is not None and self.matrix.dim() == 3
+            else chosen
+        )
 
     def factor(self, device: torch.device) -> Tensor:
         """float32 [size, size]."""

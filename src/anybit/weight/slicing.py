@@ -130,7 +130,7 @@ def _grid(node: nodes.Grid, axis: int, start: int, stop: int) -> Node:
     codes = slice_node(node.codes, axis, start, stop)
     if axis == COLUMNS and node.group_index is not None:
         return replace(node, codes=codes, group_index=node.group_index[..., start:stop])
-    parts = {
+    parts: dict[str, Any] = {
         name: _parameter(getattr(node, name), axis, start, stop, node.block[axis])
         for name in ("scale", "zero", "offset")
     }
@@ -195,7 +195,7 @@ def _masked(node: nodes.Masked, axis: int, start: int, stop: int) -> Node:
 
 def _parts(node: Any, axis: int, start: int, stop: int) -> Node:
     if node.axis != axis - 2:
-        return replace(node, parts=tuple(slice_node(part, axis, start, stop) for part in node.parts))  # type: ignore[no-any-return]
+        return replace(node, parts=tuple(slice_node(part, axis, start, stop) for part in node.parts))
     found, begin = [], 0
     for part in node.parts:
         end = begin + part.shape[axis - 2]
@@ -213,7 +213,7 @@ def _parts(node: Any, axis: int, start: int, stop: int) -> Node:
 
 
 def _each_part(node: Any, axis: int, start: int, stop: int) -> Node:
-    return replace(node, parts=tuple(slice_node(part, axis, start, stop) for part in node.parts))  # type: ignore[no-any-return]
+    return replace(node, parts=tuple(slice_node(part, axis, start, stop) for part in node.parts))
 
 
 def _permute(node: nodes.Permute, axis: int, start: int, stop: int) -> Node:

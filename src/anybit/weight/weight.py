@@ -123,7 +123,10 @@ def _describe(value: Any, counter: Any) -> Any:
         return {"t": next(counter)}
     if isinstance(value, (Node, Activation)):
         kept = {item.name: getattr(value, item.name) for item in fields(value)}
-        return {"n": type(value).__name__, **{name: _describe(part, counter) for name, part in kept.items() if part is not None}}
+        return {
+            "n": type(value).__name__,
+            **{name: _describe(part, counter) for name, part in kept.items() if part is not None},
+        }
     if isinstance(value, tuple):
         return [_describe(part, counter) for part in value]
     return value
