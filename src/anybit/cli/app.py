@@ -93,7 +93,7 @@ def _short_warnings() -> Iterator[None]:
     def line(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
-    before, warnings.showwarning = warnings.showwarning, line  # type: ignore[assignment]
+    before, warnings.showwarning = warnings.showwarning, line
     try:
         yield
     finally:

@@ -97,7 +97,7 @@ def describe(error: BaseException) -> tuple[str, str]:
 def show(error: BaseException, command: str = "anybit") -> None:
     """Print the block: kind, message, and where to look for help with a wrong command line."""
     kind, message = describe(error)
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     lines: list[str] = []
     for number, line in enumerate(message.splitlines() or [""]):
         start = f"error ({kind}): " if number == 0 else ""

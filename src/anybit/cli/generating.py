@@ -31,7 +31,7 @@ class Generated:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]
+class _Streamer(TextStreamer):
     """Prints as tokens come, if asked, and notes when the first one came."""
 
     def __init__(self, tokenizer: Any, shown: bool):

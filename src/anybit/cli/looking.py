@@ -1,9 +1,10 @@
-"""Commands that look and change nothing: methods, inspect, plan, doctor. `methods` and `inspect --headers` need no torch."""
+"""Commands that look and change nothing: methods, inspect, plan, doctor. `methods` and `inspect --tensors` need no torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,7 @@ def methods(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -
         table(["method", "loads", "creates", "needs data", "trains", "configuration"], rows),
         "",
         "loads: its checkpoints run packed. creates: `anybit quantize` can write it.",
-        "needs data: codes are fitted to calibration data. trains: adapters (LoRA) train on it.",
+        "needs data: codes are fitted to calibration data. trains: LoRA trains on it.",
         "",
         table(
             ["schemes of", "names for --scheme"], [(config, ", ".join(names)) for config, names in by_config.items()]
@@ -61,32 +62,37 @@ def methods(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -
 
 def inspect(
     path: Source,
-    headers: Annotated[
-        bool, typer.Option("--headers", help="Only names, shapes and bytes; fast, needs no model class.")
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Stored tensors instead of layouts; fast, needs no model class.")
     ] = False,
     every: All = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint is, from its headers: method, tensors, bytes, problems."""
+    """Show what a checkpoint holds, from its headers.
+
+    Method, layouts, stored tensors, bytes, and problems; exit code 4 when there are any.
+    """
     from anybit.engine.inspection import inspect as look
 
-    found = look(path, layouts=not headers)
+    found = look(path, layouts=not tensors)
+    modules = found.modules if tensors or found.problems else _with_statistics(found.modules)
     groups = _groups(
-        found.modules, every, name=lambda module: module.name,
+        modules, every, name=lambda module: module.name,
         alike=lambda module: (module.layout, number(module.bits_per_weight, 2), *module.tensors.items()),
     )  # fmt: skip
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, members in groups:
-        first = members[0]
-        for line, (own, stored) in enumerate(first.tensors.items()):
-            head = (name, first.layout, number(first.bits_per_weight, 2), size(sum(module.bytes for module in members)))
-            rows.append((*(head if line == 0 else ("", "", "", "")), f"{own} {_short(stored)}"))
-    columns = ["module", "layout", ">bits", ">bytes", "stored tensors"]
-    if headers:
-        rows = [(row[0], *row[3:]) for row in rows]
-        columns = ["module", ">bytes", "stored tensors"]
+        first, total = members[0], size(sum(module.bytes for module in members))
+        if tensors or found.problems:
+            for line, (own, stored) in enumerate(first.tensors.items()):
+                rows.append((name if line == 0 else "", total if line == 0 else "", f"{own} {_short(stored)}"))
+        else:
+            rows.append((name, first.layout or "-", number(first.bits_per_weight, 2), total))
+    columns = (
+        ["module", ">bytes", "stored tensors"] if tensors or found.problems else ["module", "layout", ">bits", ">bytes"]
+    )
     Output(as_json, quiet).result(
         found.to_dict(),
         pairs(
@@ -129,7 +135,9 @@ def plan(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what loading would do, before a byte of data is read: layouts, kernels, devices, memory, and why."""
+    """Show what loading would do, and why.
+
+    Layout, kernel, device and memory of every weight, before a byte of data is read."""
     wanted = chosen(scheme, method, set_, config)
     from anybit.engine.load import plan as make
 
@@ -176,7 +184,7 @@ def plan(
 
 
 def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Show versions, devices, kernels and what is missing on this machine."""
+    """Show versions, devices, kernels, and what is missing."""
     from anybit.cli.machine import facts
 
     found = facts()
@@ -191,6 +199,20 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
     missing = [(f"  {item['package']}", f"missing; {item['install']}") for item in found["missing"]]
     lines += ["optional packages", pairs(missing or [("  all", "installed")])]
     Output(as_json, quiet).result(found, *lines)
+
+
+def _with_statistics(modules: Iterable[Any]) -> list[Any]:
+    """Modules of the model; tensors stored below one (`weight.absmax`) counted with it."""
+    found: dict[str, Any] = {}
+    for module in sorted(modules, key=lambda module: not module.layout):
+        owner = module.name
+        while owner and owner not in found:
+            owner = owner.rpartition(".")[0]
+        if owner and found[owner].layout:
+            found[owner] = replace(found[owner], bytes=found[owner].bytes + module.bytes)
+        else:
+            found[module.name] = module
+    return list(found.values())
 
 
 # --- groups of equal modules ----------------------------------------------------------------------------------------------
@@ -227,7 +249,7 @@ def _spans(values: list[int]) -> str:
 def _short(stored: str) -> str:
     """ "float16 [8, 32]" -> "float16 8x32"."""
     dtype, _, numbers = stored.partition(" ")
-    return f"{dtype} {shape(re.findall(r'[0-9]+', numbers)) or 'scalar'}"  # type: ignore[arg-type]
+    return f"{dtype} {shape(re.findall(r'[0-9]+', numbers)) or 'scalar'}"
 
 
 def _options(config: Any) -> str:

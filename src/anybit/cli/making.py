@@ -41,7 +41,9 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a dense checkpoint, file to file, one weight in memory at a time.
+    """Quantize a dense checkpoint file to file.
+
+    One weight is in memory at a time, and the output appears only when it is complete.
 
     anybit quantize meta-llama/Llama-3.2-1B -o llama-nf4 --scheme nf4
     """
@@ -56,7 +58,7 @@ def quantize(
             output,
             wanted,
             dtype=dtype,
-            device=_device(device),
+            device=main_device(device),
             max_shard_size=max_shard_size,
             force=force,
             progress=report,
@@ -88,7 +90,7 @@ def dequantize(
             path,
             output,
             dtype=dtype,
-            device=_device(device),
+            device=main_device(device),
             max_shard_size=max_shard_size,
             force=force,
             progress=report,
@@ -96,11 +98,11 @@ def dequantize(
     _written(out, plan, output, time.perf_counter() - begin)
 
 
-def _device(name: str) -> Any:
+def main_device(name: str) -> Any:
     """The one device to compute on."""
-    from anybit.engine.devices import main_device
+    from anybit.engine import devices
 
-    return main_device(name)
+    return devices.main_device(name)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,13 @@ class Output:
         if self.as_json:
             return
         console = stdout()
-        for line in lines:
-            console.print(
-                line, markup=False, highlight=False, soft_wrap=isinstance(line, str) and not console.is_terminal
-            )
+        with console.capture() as captured:
+            for line in lines:
+                free = isinstance(line, str) and not console.is_terminal
+                console.print(line, markup=False, highlight=False, soft_wrap=free)
+        # a table fills its last column with blanks, which only disturb where the text is piped or compared
+        text = captured.get()
+        sys.stdout.write(text if console.is_terminal else re.sub(r"[ ]+$", "", text, flags=re.MULTILINE))
 
     def remark(self, text: str) -> None:
         """A line on stderr."""
@@ -76,17 +80,22 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Any:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
     """A table without frames. A column whose heading begins with ">" is aligned right and never wrapped."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left", header_style="bold")
-    for column in columns:
+    lines = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for place, column in enumerate(columns):
         right = column.startswith(">")
-        made.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows:
-        made.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        # names stay whole while they leave room for the rest of the line
+        name = place == 0 and max((len(line[0]) for line in lines), default=0) <= 46
+        made.add_column(
+            column.lstrip(">"), justify="right" if right else "left", no_wrap=right or name, overflow="fold"
+        )
+    for line in lines:
+        made.add_row(*map(Text, line))
     return made
 
 

@@ -35,7 +35,9 @@ def run(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Load a model packed and continue a text; a dense model can be quantized while it loads.
+    """Load a model packed and continue a text.
+
+    A dense model is quantized while it loads when a scheme is named.
 
     anybit run llama-nf4 -p "Once upon a time" --greedy
     """
@@ -100,7 +102,9 @@ def eval_(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on a text: perplexity, and KL and top-1 agreement against a reference.
+    """Measure a model: perplexity, KL, top-1 agreement.
+
+    KL, top-1 agreement and errors per module compare with a reference.
 
     anybit eval llama-nf4 --text wiki.txt --reference meta-llama/Llama-3.2-1B
     """
