@@ -14,6 +14,7 @@ AnybitError
  +-- NoKernel (RuntimeError)           nothing here can multiply with this weight; lists every refusal
  +-- MissingDependency (ImportError)   an optional package is absent; carries the pip line
  +-- CalibrationNeeded (ValueError)    the method cannot be created from weights alone
+ +-- WriteError (OSError)              the output cannot be written: disk full, no permission; `errno` says which
  +-- PluginError                       a plugin's own import or registration failed
 
 A message says what, where (module, tensor, file), why (the numbers) and what the reader can do.
@@ -90,6 +91,14 @@ class MissingDependency(AnybitError, ImportError):
 
 class CalibrationNeeded(AnybitError, ValueError):
     """The method cannot be created from weights alone."""
+
+
+class WriteError(AnybitError, OSError):
+    """The output cannot be written. `errno` is the system's reason."""
+
+    def __init__(self, message: str, errno: int | None = None):
+        super().__init__(message)
+        self.errno = errno
 
 
 class PluginError(AnybitError):
