@@ -1,20 +1,39 @@
-"""GPTQ. Columns share a scale and a zero point per group; with act-order, `g_idx` names the group of each column."""
+"""GPTQ. Columns share a scale and a zero point per group; with act-order, `g_idx` names the group of each column.
+
+Stored: qweight int32 [in*bits/32, out], qzeros int32 [groups, out*bits/32], scales [groups, out], g_idx int32 [in].
+Zero points: `gptq_v2` and `gptq_p` store z, `gptq` (v1) stores z - 1. The writers disagree on v1's z = 0 (`_read_zeros`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from anybit.errors import InvalidOption
+from anybit._lazy import torch
+from anybit.errors import (
+    CalibrationNeeded,
+    CheckpointError,
+    ConfigError,
+    CorruptFile,
+    MissingTensor,
+    NotRepresentable,
+    ShapeMismatch,
+)
+from anybit.methods._gptq_layout import GptqLayout
+from anybit.methods._per_module import Settings, check_stored, makers_of, settings_of, stays_dense
+from anybit.methods._words import read_codes, word_count
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.options import check_choice, check_group_size, check_type, refuse
+from anybit.quantizers.options import check_choice, check_group_size, check_type, listed, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+from anybit.weight.layout import Layout, ModuleInfo
 
 # transformers takes 2, 3, 4 and 8; gptqmodel also writes 5, 6 and 7 (planar)
 BITS = (2, 3, 4, 5, 6, 7, 8)
 DATASETS = ("wikitext2", "c4", "c4-new")
+FORMATS = ("gptq", "gptq_v2", "gptq_p")
 # run-time repackings that old files name as their method
 REPACKED = ("marlin", "bitblas")
 
@@ -94,7 +113,7 @@ class GPTQConfig(QuantizationConfigMixin):
     def own_dict(self) -> dict[str, Any]:
         tokenizer = self.tokenizer if isinstance(self.tokenizer, str) else getattr(self.tokenizer, "name_or_path", None)
         own = {name: value for name, value in self.__dict__.items() if name not in ("tokenizer", "extra_fields")}
-        return {**_copied(own), "tokenizer": tokenizer, "checkpoint_format": self.format}
+        return {**copy.deepcopy(own), "tokenizer": tokenizer, "checkpoint_format": self.format}
 
     def to_dict_optimum(self) -> dict[str, Any]:
         """The dictionary optimum expects; the same."""
@@ -113,6 +132,208 @@ def _without_foreign_dataset(config_dict: dict[str, Any]) -> dict[str, Any]:
     return config_dict
 
 
+# --- quantizer -----------------------------------------------------------------------------------------------------------
+
+
 @register_quantizer("gptq")
 class GptqHfQuantizer(HfQuantizer):
-    """GPTQ's layouts."""
+    """GPTQ's layouts. From a dense checkpoint, without calibration data, codes are rounded to nearest."""
+
+    layouts_available = True
+    default_algorithm = "rtn"
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        config = self.quantization_config
+        asked = [name for name in ("dataset", "tokenizer") if getattr(config, name) is not None]
+        if not pre_quantized and asked:
+            raise CalibrationNeeded(
+                f"{type(config).__name__} asks for calibration ({', '.join(asked)}), which this call does not run. Leave out "
+                f"{' and '.join(asked)} to round to nearest, or load a checkpoint that was calibrated"
+            )
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        super().validate_environment(*args, device_map=device_map, **kwargs)
+        config = self.quantization_config
+        if config.format in REPACKED or config.extra_fields.get("is_marlin_format"):
+            name = config.format if config.format in REPACKED else "marlin"
+            raise ConfigError(
+                f"the checkpoint's configuration names the format {name!r} (checkpoint_format or is_marlin_format): its weights "
+                "are rearranged for one GPU kernel. Use the original GPTQ checkpoint, of which such files are copies"
+            )
+        if config.format not in FORMATS:
+            raise refuse(config, "format", f"it must be {listed(FORMATS)}")
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        super().begin(model, slots)
+        config = self.quantization_config
+        if self.pre_quantized:
+            return
+        if config.extra_fields.get("lm_head") is True and hasattr(model, "get_output_embeddings"):
+            output = model.get_output_embeddings()
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            for name, module in model.named_modules():
+                if module is output and f"{name}.weight" not in {*tied, *dict(tied).values()}:
+                    self.skip_reasons.pop(name, None)
+                    self.output_layer = name
+        from anybit import __version__
+
+        # readers decide by the maker what a v1 zero point of 0 looks like
+        config.meta = {**(config.meta or {}), "quantizer": [f"anybit:{__version__}"]}
+
+    output_layer: str | None = None
+
+    # --- reading ---
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        if {"B", "s"} <= set(stored):
+            raise NotRepresentable(
+                f"{module.name} stores B and s, Marlin's rearranged form; use the original GPTQ checkpoint"
+            )
+        if not {"qweight", "qzeros", "scales"} & set(stored):
+            return None
+        settings = self._settings(module)
+        rows, columns = module.shape
+        group_size = columns if settings.group_size == -1 else settings.group_size
+        groups = -(-columns // group_size)
+        check_stored(
+            module,
+            stored,
+            settings,
+            qweight=(word_count(columns, settings.bits), rows),
+            qzeros=(groups, word_count(rows, settings.bits)),
+            scales=(groups, rows),
+        )
+        if "bias" in stored and bool(peek("bias").any()):
+            raise ShapeMismatch(
+                f"tensor '{module.name}.bias' holds numbers, but the model's {module.class_name} has no bias"
+            )
+        return GptqLayout(
+            module.shape,
+            module.dtype,
+            bits=settings.bits,
+            group_size=group_size,
+            scale_dtype=stored["scales"].dtype,
+            zeros=self._zero_convention(module, settings, peek),
+            planar=_is_planar(settings),
+            index=self._index_kind(module, settings, stored, peek, group_size),
+            symmetric=settings.symmetric,
+            zero_bias=stored["bias"].dtype if "bias" in stored else None,
+        )
+
+    def _settings(self, module: ModuleInfo) -> Settings:
+        settings = settings_of(self.quantization_config, module.name)
+        if settings is None:
+            raise ShapeMismatch(
+                f"{module.name} is stored packed, but the configuration's 'dynamic' says that it stays dense"
+            )
+        if module.kind not in ("linear", "conv1d"):
+            raise NotRepresentable(
+                f"{module.name} is a packed {module.kind}; GPTQ's layout of linear layers does not describe it"
+            )
+        return settings
+
+    def _index_kind(
+        self,
+        module: ModuleInfo,
+        settings: Settings,
+        stored: Mapping[str, Any],
+        peek: Callable[[str], Any],
+        group_size: int,
+    ) -> str:
+        """What g_idx says: "absent", "plain" (runs of group_size), "unused" (all zero), "columns" (act-order)."""
+        config, columns = self.quantization_config, module.shape[1]
+        static = config.extra_fields.get("static_groups", (config.meta or {}).get("static_groups"))
+        reordered = settings.desc_act and not static and columns > group_size
+        if "g_idx" not in stored:
+            if reordered:
+                raise MissingTensor(
+                    f"tensor '{module.name}.g_idx' is not in the checkpoint; with desc_act it tells the groups of the columns"
+                )
+            return "absent"
+        if (stored["g_idx"].dtype, tuple(stored["g_idx"].shape)) != ("int32", (columns,)):
+            return "plain"  # the plan names what is wrong with it
+        index = peek("g_idx")
+        if torch.equal(index, torch.arange(columns, dtype=torch.int32, device=index.device) // group_size):
+            return "plain"
+        if index.any():
+            return "columns"
+        if reordered:
+            raise CorruptFile(
+                f"tensor '{module.name}.g_idx' is all zero, but with desc_act it tells the groups of the columns"
+            )
+        return "unused"
+
+    def _zero_convention(self, module: ModuleInfo, settings: Settings, peek: Callable[[str], Any]) -> str:
+        """How qzeros are meant (`GptqLayout._read_zeros`). Where the maker is unknown, the stored words are the evidence."""
+        if settings.format != "gptq":
+            return "v2"
+        makers = makers_of(self.quantization_config)
+        if "anybit" in makers or makers.get("gptqmodel", (0,)) >= (0, 9):
+            return "v1"
+        if settings.symmetric:
+            return "v1_agreed"
+        bits, words = settings.bits, peek("qzeros")
+        top = (1 << bits) - 1
+        fields = read_codes(words, bits, module.shape[0], f"{module.name}.qzeros", _is_planar(settings)).integers()
+        if not bool((fields == top).any()):
+            return "v1_agreed"
+        if {"auto_gptq", "autogptq"} & set(makers) or _ones_reach_the_top(words, bits):
+            return "v1_unmasked"
+        raise CheckpointError(
+            f"tensor '{module.name}.qzeros' stores {top} for some zero points. gptqmodel from 0.9.0 means 0 by it, "
+            f"AutoGPTQ {top + 1}; meta.quantizer names neither, and AutoGPTQ would have filled these words with ones to "
+            'their top. Write the maker into the configuration: "meta": {"quantizer": ["gptqmodel:0.9.0"]} or '
+            '["auto_gptq:0.7.1"]'
+        )
+
+    # --- creating ---
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.should_convert(module):
+            return None
+        settings = settings_of(self.quantization_config, module.name)
+        reason = self._stays_dense(module, settings)
+        if settings is None or reason is not None:
+            self.skip_reasons[module.name] = reason or "the configuration's 'dynamic' leaves it dense"
+            return None
+        group_size = module.shape[1] if settings.group_size == -1 else settings.group_size
+        return GptqLayout(
+            module.shape,
+            module.dtype,
+            bits=settings.bits,
+            group_size=group_size,
+            zeros="v1" if settings.format == "gptq" else "v2",
+            planar=_is_planar(settings),
+            symmetric=settings.symmetric,
+        )
+
+    def _stays_dense(self, module: ModuleInfo, settings: Settings | None) -> str | None:
+        config = self.quantization_config
+        block, chosen = config.block_name_to_quantize, config.modules_in_block_to_quantize
+        if module.name != self.output_layer:
+            reason = stays_dense(module)
+            if reason is not None:
+                return reason
+            if block is not None and not module.name.startswith(f"{block}."):
+                return f"it lies outside {block!r}, the configuration's block_name_to_quantize"
+            if chosen is not None and not any(module.name.endswith(f".{name}") for names in chosen for name in names):
+                return "it is not among the configuration's modules_in_block_to_quantize"
+        if any(size % 32 for size in module.shape):
+            return f"GPTQ packs 32 rows and columns together, its shape is {module.shape}"
+        return None
+
+
+def _is_planar(settings: Settings) -> bool:
+    return settings.bits in (5, 6, 7) or (settings.bits == 3 and settings.format == "gptq_p")
+
+
+def _ones_reach_the_top(words: Any, bits: int) -> bool:
+    """Whether every field of ones has ones above it in its word: AutoGPTQ ORs a zero point of -1 in as 32 ones."""
+    top = (1 << bits) - 1
+    for place in range(0, 32 * bits, bits):
+        word, shift = divmod(place, 32)
+        above = words[:, word::bits] >> shift  # arithmetic: -1 when all are ones
+        if shift + bits <= 32 and bool((((above & top) == top) & (above != -1)).any()):
+            return False
+    return True

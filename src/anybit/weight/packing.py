@@ -84,9 +84,11 @@ def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Tensor:
 
 def words_to_rows(words: Tensor) -> Tensor:
     """Integer words [..., n] of any width -> the same bits as bytes, uint8 [..., n * itemsize]."""
-    return words.contiguous().view(torch.uint8)
+    flat = words.contiguous().reshape(-1)  # flat first: an axis of length 1 may keep any stride, which view refuses
+    return flat.view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * words.element_size())
 
 
 def rows_to_words(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes uint8 [..., b] -> words of `dtype` [..., ceil(b / itemsize)], zero bits appended."""
-    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % dtype.itemsize)).contiguous().view(dtype)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % dtype.itemsize)).contiguous()
+    return padded.reshape(-1).view(dtype).view(*padded.shape[:-1], padded.shape[-1] // dtype.itemsize)
