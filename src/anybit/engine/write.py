@@ -22,7 +22,7 @@ Spec = tuple[str, tuple[int, ...]]  # dtype name, shape
 
 # what a checkpoint folder holds beside weights and configuration, and goes with the model unchanged
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-NOT_COPIED = ("config.json", ".index.json", "README.md")
+NOT_COPIED = ("config.json", "README.md")  # whole names: tokenizer_config.json goes along
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def side_files(folder: Path, drop: Iterable[str] = ()) -> list[Path]:
         for file in sorted(folder.iterdir())
         if file.is_file()
         and file.suffix in SIDE_SUFFIXES
-        and not file.name.endswith(NOT_COPIED)
+        and file.name not in NOT_COPIED
+        and not file.name.endswith(".index.json")
         and file.name not in dropped
     ]
