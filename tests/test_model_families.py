@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], float]] = {
     "gemma3_text": ("Gemma3ForCausalLM", {"head_dim": 16}, 0.8),
     "phi3": ("Phi3ForCausalLM", {}, 0.8),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, 0.8),
-    "gpt_oss": ("GptOssForCausalLM", {**EXPERTS, "head_dim": 16, "sliding_window": 32}, 0.2),
+    "gpt_oss": ("GptOssForCausalLM", {**EXPERTS, "head_dim": 16, "sliding_window": 32}, 0.1),
     "opt": ("OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}, 0.7),
     "bert": ("BertForMaskedLM", {}, 0.6),
     "gpt_neox": ("GPTNeoXForCausalLM", {}, 0.8),
@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], float]] = {
     "t5": ("T5ForConditionalGeneration", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}, 0.6),
 }
 CONFIGS: dict[str, Any] = {
-    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "gptq": lambda: GPTQConfig(bits=4, group_size=32),
 }

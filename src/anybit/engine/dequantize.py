@@ -101,6 +101,7 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     finally:
         if stored is not None:
             setattr(config, KEY, stored)
+    turned = {entry.slot.module for entry in plan.entries if entry.slot.transposed}  # the class stores [in, out]
     tied = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedLinear)]
     for name, module in list(model.named_modules()):
         if not isinstance(module, PackedWeight):
@@ -110,10 +111,14 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
         owner = model.get_submodule(parent)
         if isinstance(module, QuantExperts):
             del owner._modules[own]
-            owner.register_parameter(own, nn.Parameter(dense))
+            owner._parameters[own] = nn.Parameter(dense)
+            order = [*fresh.get_submodule(parent)._parameters, *owner._parameters]
+            owner._parameters = {
+                key: owner._parameters[key] for key in dict.fromkeys(order) if key in owner._parameters
+            }
         else:
             layer: Any = fresh.get_submodule(name)
-            if tuple(layer.weight.shape) != tuple(dense.shape):  # a class that stores [in, out]
+            if name in turned:
                 dense = dense.T.contiguous()
             _fill(layer, dense, module)
             setattr(owner, own, layer)

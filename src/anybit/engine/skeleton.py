@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from anybit.errors import ConfigError
+from anybit.modules.proxy import multiplies_plainly
 from anybit.weight import ModuleInfo
 
 
@@ -82,6 +83,9 @@ def slots(model: nn.Module) -> dict[str, Slot]:
     """Packable weights by state dict key."""
     from transformers.pytorch_utils import Conv1D
 
+    def plain(cls: type[nn.Linear]) -> bool:
+        return cls.forward is nn.Linear.forward
+
     found: dict[str, Slot] = {}
     for name, module in model.named_modules():
         class_name = type(module).__name__
@@ -89,7 +93,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
         if weight is not None and weight.dim() == 2:
             bias = getattr(module, "bias", None) is not None
             key = f"{name}.weight"
-            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            if isinstance(module, nn.Linear) and (plain(type(module)) or multiplies_plainly(module)):
                 found[key] = Slot(key, name, "linear", tuple(weight.shape), class_name, bias)
             elif isinstance(module, Conv1D):
                 found[key] = Slot(key, name, "conv1d", (weight.shape[1], weight.shape[0]), class_name, bias, True)

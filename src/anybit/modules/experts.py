@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from anybit.errors import NoKernel
 from anybit.modules.packed import PackedWeight
+from anybit.modules.proxy import PackedTensor
 
 
 class QuantExperts(PackedWeight):
@@ -51,8 +52,17 @@ class QuantExperts(PackedWeight):
         """x [n, in] sorted by expert, expert e owning rows ends[e-1] .. ends[e] -> [n, out]."""
         return torch.ops.anybit.experts_linear(x, ends, self.packed, self.spec, self.quantized_shape[1])
 
-    def __getitem__(self, expert: int | Tensor) -> _Matrix:
-        return _Matrix(self, int(expert))
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        """The matrix of one expert as far as a model's forward needs it: in a product."""
+        number, (experts, *shape) = int(expert), self.quantized_shape
+
+        def product(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            ends = torch.zeros(experts, dtype=torch.int64, device=x.device)
+            ends[number:] = flat.shape[0]
+            return self.grouped(flat, ends).view(*x.shape[:-1], -1)
+
+        return PackedTensor(product, tuple(shape), self.dtype, self.device, turned=self.transposed)
 
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,32 +76,6 @@ class QuantExperts(PackedWeight):
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, {self.form}"
-
-
-class _Matrix:
-    """One expert of a stack, as far as a model's forward needs a tensor: in a product."""
-
-    def __init__(self, stack: QuantExperts, expert: int):
-        self.stack, self.expert = stack, expert
-
-    def product(self, x: Tensor) -> Tensor:
-        experts = self.stack.quantized_shape[0]
-        flat = x.reshape(-1, x.shape[-1])
-        ends = torch.zeros(experts, dtype=torch.int64, device=x.device)
-        ends[self.expert :] = flat.shape[0]
-        return self.stack.grouped(flat, ends).view(*x.shape[:-1], -1)
-
-    @classmethod
-    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x, matrix = args[0], args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-        bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-        if isinstance(matrix, cls) and isinstance(x, Tensor):
-            if function is nn.functional.linear and not matrix.stack.transposed:
-                y = matrix.product(x)
-                return y if bias is None else y + bias
-            if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__) and matrix.stack.transposed:
-                return matrix.product(x)
-        raise NoKernel(f"a packed expert does not take part in {function.__name__}; dequantize() gives the dense stack")
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

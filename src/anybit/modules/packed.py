@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anybit.errors import CheckpointError
 from anybit.kernels import Kernel, choose
 from anybit.kernels.ops import full_spec
+from anybit.modules.proxy import PackedTensor
 from anybit.weight import Layout, Weight
 from anybit.weight.joining import join_rows, split_rows, stack
 from anybit.weight.layout import join_name
@@ -83,13 +84,14 @@ class PackedWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape, dtype and device of the dense weight without its bytes: one NaN, expanded.
+        """Shape, dtype and device of the dense weight, and products with it; see `proxy`."""
+        device = next((tensor.device for tensor in self.packed), torch.device("meta"))
+        return PackedTensor(self.product, self.quantized_shape, getattr(torch, self.parts[0].layout.dtype), device)
 
-        Code that asks what a weight looks like works; a product with it gives NaN, never plausible numbers.
-        """
-        device = next((tensor.device for tensor in self.packed), None)
-        nan = torch.full((1,), float("nan"), dtype=getattr(torch, self.parts[0].layout.dtype), device=device)
-        return nan.expand(self.quantized_shape)
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in] -> x @ W.T [..., out], without bias."""
+        result: Tensor = torch.ops.anybit.linear(x, self.packed, None, self.spec, self.quantized_shape[-2])
+        return result
 
     @property
     def form(self) -> str:
