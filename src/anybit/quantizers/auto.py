@@ -9,45 +9,70 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anybit.errors import CheckpointError, ConfigError, UnknownMethod
+from anybit.errors import CheckpointError, ConfigError, UnknownMethod, located
 from anybit.quantizers import checkpoint_config, registry
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin, parameters_of
 
 # options of huggingface_hub.snapshot_download; other keyword arguments of from_pretrained are options of the configuration
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "repo_type", "endpoint")
+HUB_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "repo_type",
+    "endpoint",
+)
 
 
 def class_of(config_dict: Mapping[str, Any]) -> type[QuantizationConfigMixin]:
     """The configuration class of a checkpoint's dictionary. ConfigError, or UnknownMethod, when no class takes it."""
     if not isinstance(config_dict, Mapping):
-        raise ConfigError(f"a quantization configuration is a dictionary, not {type(config_dict).__name__} {config_dict!r}")
+        raise ConfigError(
+            f"a quantization configuration is a dictionary, not {type(config_dict).__name__} {config_dict!r}"
+        )
     method = config_dict.get("quant_method")
     if method is not None and not isinstance(method, str):
         raise ConfigError(f"quant_method is {method!r}; it must be the name of a method, e.g. 'gptq'")
-    named = registry.config_class(str(getattr(method, "value", method))) if method is not None else None
+    name = str(getattr(method, "value", method))
+    named = registry.config_class(name, plugins=False) if method is not None else None
     known = (parameters_of(named) if named is not None else None) or ()
-    flags = {name for name, value in config_dict.items() if value is True and name not in known}
-    if flags or named is None:
+    # a key that the named method does not know, and that holds true or an object, may say that another method is meant
+    telling = {
+        key for key, value in config_dict.items() if key not in known and (value is True or isinstance(value, dict))
+    }
+    if telling or named is None:
         for cls in registry.config_classes():
-            if flags.intersection(cls.claims):
+            if telling.intersection(cls.claims):
                 return cls
-    if named is not None:
-        return named
+    found = named or _recognized(config_dict)
+    if found is not None:
+        return found
+    if method is not None:
+        found = registry.config_class(name)
+        if found is None:
+            raise UnknownMethod(name, registry.method_names())
+    else:
+        registry.import_plugins("a configuration without quant_method")
+        found = _recognized(config_dict)
+        if found is None:
+            raise ConfigError(
+                "the quantization configuration has no quant_method, and no method recognizes its keys: "
+                f"{sorted(map(str, config_dict))}. Add quant_method, one of: {', '.join(registry.method_names())}"
+            )
+    return found
+
+
+def _recognized(config_dict: Mapping[str, Any]) -> type[QuantizationConfigMixin] | None:
     found = [cls for cls in registry.config_classes() if cls.recognizes(config_dict)]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if len(found) > 1:
         raise ConfigError(
             f"the quantization configuration {dict(config_dict)} could be {' or '.join(cls.method for cls in found)}. "
             "Add its quant_method"
         )
-    if method is not None:
-        raise UnknownMethod(str(getattr(method, "value", method)), registry.method_names())
-    raise ConfigError(
-        f"the quantization configuration has no quant_method, and no method recognizes its keys: {sorted(map(str, config_dict))}. "
-        f"Add quant_method, one of: {', '.join(registry.method_names())}"
-    )
+    return found[0] if found else None
 
 
 def as_config(config: Any) -> QuantizationConfigMixin:
@@ -57,7 +82,10 @@ def as_config(config: Any) -> QuantizationConfigMixin:
     if isinstance(config, Mapping):
         return AutoQuantizationConfig.from_dict(config)
     if hasattr(config, "to_dict") and hasattr(config, "quant_method"):
-        return AutoQuantizationConfig.from_dict(config.to_dict())
+        loading = config.get_loading_attributes() if hasattr(config, "get_loading_attributes") else {}
+        made = AutoQuantizationConfig.from_dict({**config.to_dict(), **loading})
+        made.forget_given()  # its dictionary names every option, whether its user did or not
+        return made
     raise ConfigError(
         f"quantization_config is {type(config).__name__} {config!r}; pass a configuration such as GPTQConfig(bits=4) or a "
         "dictionary with a quant_method"
@@ -70,7 +98,9 @@ class AutoQuantizationConfig:
     @classmethod
     def from_dict(cls, quantization_config_dict: Mapping[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
         """From a checkpoint's dictionary, with or without `quant_method`. UnknownMethod names the closest and lists all."""
-        config: QuantizationConfigMixin = class_of(quantization_config_dict).from_dict(quantization_config_dict, **kwargs)
+        config: QuantizationConfigMixin = class_of(quantization_config_dict).from_dict(
+            quantization_config_dict, **kwargs
+        )
         return config
 
     @classmethod
@@ -92,24 +122,31 @@ class AutoQuantizationConfig:
                 f"{pretrained_model_name_or_path} has no quantization configuration: neither config.json nor a file beside it "
                 "holds one. It seems to be a dense checkpoint"
             )
-        config.update(**{name: value for name, value in kwargs.items() if name not in HUB_OPTIONS})
+        for name in config.update(**{name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}):
+            raise config.unknown_option(name)
         return config
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> QuantizationConfigMixin | None:
-        """The configuration a local folder (or a file's folder) carries, None for a dense checkpoint."""
+        """The configuration a local folder (or a file, or its folder) carries, None for a dense checkpoint."""
         path = Path(path)
-        model_config = checkpoint_config.model_config_of(path)
         folder = path if path.is_dir() else path.parent
-        stored = checkpoint_config.stored_config(model_config, str(folder / "config.json"))
+        if path != folder:
+            for found_class in registry.config_classes():
+                inside = found_class.of_file(path)
+                if inside is not None:
+                    return _built(found_class, inside, {}, path)
+        model_config = checkpoint_config.model_config_of(folder)
+        where = folder / "config.json"
+        stored = checkpoint_config.stored_config(model_config, str(where))
         if stored is not None:
             try:
                 found_class = class_of(stored)
             except ConfigError as error:
-                raise _located(error, folder / "config.json") from error
-            return _built(found_class, stored, model_config, folder / "config.json")
+                raise located(error, where) from error.__cause__
+            return _built(found_class, stored, model_config, where)
         for found_class in registry.config_classes():
-            inside = found_class.found_in(path, model_config)
+            inside = found_class.found_in(folder, model_config)
             if inside is not None:
                 return _built(found_class, inside, model_config, folder)
         return None
@@ -118,25 +155,21 @@ class AutoQuantizationConfig:
 def _built(
     cls: type[QuantizationConfigMixin], stored: dict[str, Any], model_config: Mapping[str, Any], where: Path
 ) -> QuantizationConfigMixin:
+    folder = where if where.is_dir() else where.parent
     try:
-        config: QuantizationConfigMixin = cls.from_dict(cls.in_context(stored, model_config))
+        config: QuantizationConfigMixin = cls.from_dict(cls.in_context(stored, model_config, folder))
     except ConfigError as error:
-        raise _located(error, where) from error
+        raise located(error, where) from error.__cause__
     return config
-
-
-def _located(error: ConfigError, where: Path) -> ConfigError:
-    """The same error, with the file in front of its message."""
-    located = copy.copy(error)
-    located.args = (f"{where}: {error}",)
-    return located
 
 
 class AutoHfQuantizer:
     """Chooses the quantizer class."""
 
     @classmethod
-    def from_config(cls, quantization_config: QuantizationConfigMixin | Mapping[str, Any], **kwargs: Any) -> HfQuantizer:
+    def from_config(
+        cls, quantization_config: QuantizationConfigMixin | Mapping[str, Any], **kwargs: Any
+    ) -> HfQuantizer:
         """The quantizer of a configuration; `pre_quantized=False` to quantize a dense checkpoint with it."""
         config = as_config(quantization_config)
         return registry.quantizer_class(config.dispatch_key())(config, **kwargs)
@@ -164,12 +197,11 @@ class AutoHfQuantizer:
                 f"{type(stored).__name__} (its loading options: {', '.join(stored.get_loading_attributes()) or 'none'}), or "
                 "no configuration"
             )
-        loading = given.get_loading_attributes()
-        before = stored.to_dict()
+        changed, loading, before = given.changed_options(), given.get_loading_attributes(), stored.own_dict()
         ignored = [
             name
             for name, value in given.own_dict().items()
-            if name not in loading and name in before and value != before[name] and value != _defaults(type(given)).get(name)
+            if name in changed and name not in loading and name in before and value != before[name]
         ]
         if ignored:
             warnings.warn(
@@ -177,7 +209,7 @@ class AutoHfQuantizer:
                 f"{type(given).__name__} is ignored. Only {', '.join(loading) or 'nothing'} can be changed at load",
                 stacklevel=2,
             )
-        stored.update(**loading)
+        stored.update(**{name: value for name, value in loading.items() if name in changed})
         return stored
 
     @staticmethod
@@ -188,13 +220,3 @@ class AutoHfQuantizer:
         except UnknownMethod:
             return False
         return True
-
-
-def _defaults(cls: type[QuantizationConfigMixin]) -> dict[str, Any]:
-    import inspect
-
-    return {
-        item.name: getattr(item.default, "value", item.default)
-        for item in inspect.signature(cls).parameters.values()
-        if item.default is not item.empty
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from anybit.weight import Layout, ModuleInfo
 
 
-class HfQuantizer(ABC):  # noqa: B024 - a plain base: every question has a safe answer
+class HfQuantizer:
     """One method, for one checkpoint or one quantization.
 
     requires_calibration: it cannot be created from weights alone. layouts_available: this class reads the method's tensors;
@@ -123,14 +122,20 @@ class HfQuantizer(ABC):  # noqa: B024 - a plain base: every question has a safe 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Make every weight dense, in `dtype` or the model's, and remove the marks of quantization."""
         if self.dequantizer is None:
-            raise ConfigError(f"this {type(model).__name__} was not loaded by anybit, so there is nothing packed to dequantize")
+            raise ConfigError(
+                f"this {type(model).__name__} was not loaded by anybit, so there is nothing packed to dequantize"
+            )
         model = self.dequantizer(model, dtype)
         self.remove_quantization_config(model)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:
         """Forget that the model was quantized."""
-        for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config"), (model, "quantization_method")):
+        for owner, name in (
+            (model, "hf_quantizer"),
+            (model.config, "quantization_config"),
+            (model, "quantization_method"),
+        ):
             if name in owner.__dict__:
                 delattr(owner, name)
         model.is_quantized = False
@@ -200,11 +205,7 @@ def keys_to_not_convert(model: Any) -> list[str]:
     keys: dict[str, None] = {}
     for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         keys.update({target: None, source: None})
-    last = None
-    for last, _ in model.named_parameters():
-        pass
-    if last is not None:
-        keys[last] = None
+    keys.update(dict.fromkeys([name for name, _ in model.named_parameters()][-1:]))
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         keys.update({name: None for name, module in model.named_modules() if module is output})

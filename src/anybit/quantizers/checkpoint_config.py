@@ -19,18 +19,20 @@ TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of at most 64 MiB and 64 levels. CorruptFile names the file and what is wrong with it."""
     try:
-        size = path.stat().st_size
-        if size > LIMIT_BYTES:
-            raise CorruptFile(f"{path} has {size} bytes; a configuration of more than {LIMIT_BYTES} bytes is not read")
         with path.open("rb") as file:
             text = file.read(LIMIT_BYTES + 1)
-        value = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(text) > LIMIT_BYTES:
+        raise CorruptFile(f"{path} has more than {LIMIT_BYTES} bytes; a configuration of that size is not read")
+    try:
+        value = json.loads(text)
     except RecursionError as error:
         raise CorruptFile(f"{path} nests more than {LIMIT_DEPTH} levels of JSON; no configuration does") from error
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, integers with too many digits
-        raise CorruptFile(f"{path} ({size} bytes) is not valid JSON: {error}. Download or write it again") from error
+        raise CorruptFile(
+            f"{path} ({len(text)} bytes) is not valid JSON: {error}. Download or write it again"
+        ) from error
     if not isinstance(value, dict):
         raise CorruptFile(f"{path} holds a JSON {type(value).__name__}, but a configuration is an object")
     if _depth_exceeds(value, LIMIT_DEPTH):
@@ -77,6 +79,13 @@ def stored_config(model_config: Mapping[str, Any], where: str) -> dict[str, Any]
             f"{where}: {', '.join(parts)} each have a different {KEY}; which one is meant cannot be told. Keep one of them"
         )
     return distinct[0] if distinct else None
+
+
+def objects_under(model_config: Mapping[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    """Objects that config.json holds under another key, its own first, then those of its text parts."""
+    for place in (model_config, *(model_config.get(name) for name in TEXT_PARTS)):
+        if isinstance(place, Mapping) and isinstance(place.get(key), dict):
+            yield place[key]
 
 
 def _as_dict(value: Any, where: str) -> dict[str, Any]:

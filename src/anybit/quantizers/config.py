@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import json
 import os
@@ -58,10 +57,16 @@ class QuantizationConfigMixin:
     """Base of every configuration. Unknown arguments raise; unknown keys of a file are kept in `extra_fields`.
 
     A class says about itself, so that no shared file has to know it:
-    method: its `quant_method`. aliases: legacy key of a file -> present argument. claims: keys that mean this method when
-    true, whatever `quant_method` says. config_keys: top-level keys of config.json that may hold it. side_files: files beside
-    config.json that may hold it. loading_attributes: options a user may change on a quantized checkpoint.
+    method: its `quant_method`.
+    aliases: legacy key of a file -> present argument.
+    claims: keys that mean this method when they hold true or an object, whatever `quant_method` says.
+    config_keys, side_files: keys of config.json, and files beside it, that may hold it.
+    loading_attributes: options a user may change on a quantized checkpoint.
+    optional: options that `to_dict` leaves out while they are None.
+    schemes: short names for options to create a checkpoint with, e.g. "nf4".
     """
+
+    __slots__ = ("__dict__", "__weakref__", "_given")  # what the caller named lies beside the options, not among them
 
     method: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -69,27 +74,37 @@ class QuantizationConfigMixin:
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
     side_files: ClassVar[tuple[str, ...]] = ()
     loading_attributes: ClassVar[tuple[str, ...]] = ()
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
 
     quant_method: QuantizationMethod | str
     extra_fields: dict[str, Any]
+    _given: frozenset[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         known = parameters_of(cls)
         for name in kwargs:
             if known is not None and name not in known:
-                raise InvalidOption(
-                    f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}. Options: {', '.join(known)}"
-                )
+                raise cls.unknown_option(name)
         self = super().__new__(cls)
         self.extra_fields = {}
+        self._given = frozenset((known or ())[: len(args)]).union(kwargs)
         return self
 
     def __post_init__(self) -> None:
-        self.quant_method = method_of(self.method)
+        self.quant_method = method_of(type(self).method)
         self.post_init()
 
     def post_init(self) -> None:
         """Check the options; called after construction and after `update`. Raises InvalidOption."""
+
+    @classmethod
+    def unknown_option(cls, name: str) -> InvalidOption:
+        """The error for an option this class does not have; names the closest and lists all."""
+        known = parameters_of(cls) or ()
+        return InvalidOption(
+            f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}. Options: {', '.join(known)}"
+        )
 
     # --- which file, which quantizer ---
 
@@ -101,12 +116,12 @@ class QuantizationConfigMixin:
     @classmethod
     def found_in(cls, folder: Path, model_config: Mapping[str, Any]) -> dict[str, Any] | None:
         """This method's configuration in a folder whose config.json has no `quantization_config`, or None."""
-        from anybit.quantizers.checkpoint_config import read_json
+        from anybit.quantizers.checkpoint_config import objects_under, read_json
 
         for key in cls.config_keys:
-            inside = model_config.get(key)
-            if isinstance(inside, dict) and cls._owns(inside):
-                return inside
+            for inside in objects_under(model_config, key):
+                if cls._owns(inside):
+                    return inside
         for name in cls.side_files:
             if (folder / name).is_file():
                 inside = read_json(folder / name)
@@ -115,13 +130,18 @@ class QuantizationConfigMixin:
         return None
 
     @classmethod
+    def of_file(cls, file: Path) -> dict[str, Any] | None:
+        """The configuration of a file that is this method's by its name, whatever lies beside it; None when it is not."""
+        return None
+
+    @classmethod
     def _owns(cls, config_dict: Mapping[str, Any]) -> bool:
         named = config_dict.get("quant_method")
         return named == cls.method if named is not None else cls.recognizes(config_dict)
 
     @classmethod
-    def in_context(cls, config_dict: dict[str, Any], model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """The dictionary completed by what the rest of config.json says; for formats that scatter their settings."""
+    def in_context(cls, config_dict: dict[str, Any], model_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """The dictionary completed by the rest of config.json and files beside it; for formats that scatter their settings."""
         return config_dict
 
     def dispatch_key(self) -> str:
@@ -139,9 +159,11 @@ class QuantizationConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From a checkpoint's dictionary; `kwargs` that name options override it, the others can be handed back."""
+        """From a checkpoint's dictionary; `kwargs` override its options. Others raise InvalidOption, or are handed back."""
         if not isinstance(config_dict, Mapping):
-            raise ConfigError(f"{cls.__name__} is built from a dictionary, not from {type(config_dict).__name__} {config_dict!r}")
+            raise ConfigError(
+                f"{cls.__name__} is built from a dictionary, not from {type(config_dict).__name__} {config_dict!r}"
+            )
         given = cls.modernize(copy.deepcopy(dict(config_dict)))
         for old, new in cls.aliases.items():
             if given.get(old) is not None and given.get(new) is None:
@@ -153,11 +175,19 @@ class QuantizationConfigMixin:
         except TypeError as error:
             if isinstance(error, ConfigError) or "required" not in str(error):
                 raise
-            raise InvalidOption(f"{cls.__name__}: the configuration lacks {str(error).partition(': ')[2]}; it has {sorted(given)}") from error
+            raise InvalidOption(
+                f"{cls.__name__}: the configuration lacks {str(error).partition(': ')[2]}; it has {sorted(given)}"
+            ) from error
         own = config.to_dict()
-        config.extra_fields = {name: value for name, value in given.items() if name not in options and name not in own}
+        config.extra_fields = {
+            name: value for name, value in given.items() if name not in own and (name not in options or value is None)
+        }
         unused = config.update(**kwargs)
-        return (config, unused) if return_unused_kwargs else config
+        if return_unused_kwargs:
+            return config, unused
+        for name in unused:
+            raise config.unknown_option(name)
+        return config
 
     @classmethod
     def modernize(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +196,11 @@ class QuantizationConfigMixin:
 
     def own_dict(self) -> dict[str, Any]:
         """What `to_dict` writes, without the unknown keys of the file."""
-        return {name: _plain(value) for name, value in self.__dict__.items() if name != "extra_fields"}
+        return {
+            name: _plain(value)
+            for name, value in self.__dict__.items()
+            if name != "extra_fields" and not (value is None and name in self.optional)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json, unknown keys of the original file included."""
@@ -203,6 +237,18 @@ class QuantizationConfigMixin:
         """Options that may be changed when a quantized checkpoint is loaded."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.loading_attributes}
 
+    def changed_options(self) -> set[str]:
+        """Options that the caller named, or that have another value than they would have without the caller."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        required = [name for name, item in parameters.items() if item.default is item.empty and name in self.__dict__]
+        untouched = type(self)(**{name: self.__dict__[name] for name in required}).__dict__
+        names = self.__dict__.keys() - {"extra_fields", "quant_method"}
+        return {name for name in names if name in self._given or self.__dict__[name] != untouched.get(name)}
+
+    def forget_given(self) -> None:
+        """Treat no option as named by the caller."""
+        self._given = frozenset()
+
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
@@ -210,9 +256,7 @@ class QuantizationConfigMixin:
         return f"{type(self).__name__} {self.to_json_string(use_diff=False)}"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
-
-    __hash__ = None  # type: ignore[assignment]
+        return isinstance(other, type(self)) and _listed(self.to_dict()) == _listed(other.to_dict())
 
 
 def difference(config: QuantizationConfigMixin, default: QuantizationConfigMixin) -> dict[str, Any]:
@@ -221,9 +265,17 @@ def difference(config: QuantizationConfigMixin, default: QuantizationConfigMixin
     return {name: value for name, value in config.to_dict().items() if name not in plain or value != plain[name]}
 
 
-@functools.cache
+_parameters: dict[type, tuple[str, ...] | None] = {}
+
+
 def parameters_of(cls: type) -> tuple[str, ...] | None:
     """Names a constructor takes, through `**kwargs` to the base class; None when it takes any."""
+    if cls not in _parameters:
+        _parameters[cls] = _read_parameters(cls)
+    return _parameters[cls]
+
+
+def _read_parameters(cls: type) -> tuple[str, ...] | None:
     names: list[str] = []
     for owner in cls.__mro__:
         if "__init__" not in owner.__dict__ or owner is object:
@@ -233,6 +285,13 @@ def parameters_of(cls: type) -> tuple[str, ...] | None:
         if not any(item.kind is item.VAR_KEYWORD for item in parameters):
             return tuple(dict.fromkeys(names))
     return None if names else ()
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists: JSON does not tell them apart."""
+    if isinstance(value, dict):
+        return {key: _listed(inside) for key, inside in value.items()}
+    return [_listed(inside) for inside in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:

@@ -17,10 +17,10 @@ from anybit.errors import InvalidOption
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     try:
-        from re import _constants as _codes
+        from re import _constants as _codes  # type: ignore[attr-defined]
         from re import _parser  # type: ignore[attr-defined]
     except ImportError:  # Python 3.10
-        import sre_constants as _codes  # type: ignore[no-redef]
+        import sre_constants as _codes
         import sre_parse as _parser
 
 LIMIT_PATTERN = 2048
@@ -54,7 +54,9 @@ class SafePattern:
     def __init__(self, pattern: str):
         self.pattern = pattern
         if len(pattern) > LIMIT_PATTERN:
-            raise InvalidOption(f"a module pattern has {len(pattern)} characters, more than {LIMIT_PATTERN}: {pattern[:60]!r}...")
+            raise InvalidOption(
+                f"a module pattern has {len(pattern)} characters, more than {LIMIT_PATTERN}: {pattern[:60]!r}..."
+            )
         try:
             self._tree = _parser.parse(pattern)
             self._plain = _is_safe(self._tree)
@@ -127,7 +129,9 @@ class _Run:
                 break
             self.steps += len(positions)
             if self.steps > LIMIT_STEPS:
-                raise InvalidOption(f"module pattern {self.pattern!r} takes too long on {self.text!r}; write it with fewer repeats")
+                raise InvalidOption(
+                    f"module pattern {self.pattern!r} takes too long on {self.text!r}; write it with fewer repeats"
+                )
             positions = self.step(code, argument, positions)
         return positions
 
@@ -142,14 +146,17 @@ class _Run:
         if code is getattr(_codes, "ATOMIC_GROUP", None):
             return self.ends(argument, positions)
         if code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
-            return self.repeat(*argument, positions)
+            least, most, inner = argument
+            return self.repeat(least, most, inner, positions)
         if code is _codes.AT:
             return {at for at in positions if self.is_at(argument, at)}
         if code in (_codes.ASSERT, _codes.ASSERT_NOT):
             direction, nodes = argument
             wanted = code is _codes.ASSERT
             return {at for at in positions if self.looks(direction, nodes, at) == wanted}
-        raise InvalidOption(f"module pattern {self.pattern!r} uses {str(code).lower()}, which is not allowed in a file; rewrite it")
+        raise InvalidOption(
+            f"module pattern {self.pattern!r} uses {str(code).lower()}, which is not allowed in a file; rewrite it"
+        )
 
     def repeat(self, least: int, most: Any, nodes: Any, positions: set[int]) -> set[int]:
         count = 0
@@ -176,7 +183,9 @@ class _Run:
             return at == 0
         if where in (_codes.AT_END, _codes.AT_END_STRING):
             return at == len(self.text)
-        left, right = (bool(re.match(r"\w", self.text[index : index + 1] if index >= 0 else "")) for index in (at - 1, at))
+        left, right = (
+            bool(re.match(r"\w", self.text[index : index + 1] if index >= 0 else "")) for index in (at - 1, at)
+        )
         return (left != right) == (where is _codes.AT_BOUNDARY)
 
 

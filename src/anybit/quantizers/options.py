@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from anybit.quantizers.config import QuantizationConfigMixin
 
 # names of torch.dtype members, so that a wrong one is noticed without loading torch
-DTYPE_NAMES = frozenset(
-    "float16 float32 float64 bfloat16 half float double int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool "
-    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 "
-    "int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7".split()
-)
+DTYPE_NAMES = frozenset({
+    "float16", "float32", "float64", "bfloat16", "half", "float", "double", "bool",
+    *(f"int{bits}" for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)),
+    *(f"uint{bits}" for bits in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)),
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+})  # fmt: skip
 _SAME_DTYPE = {"half": "float16", "float": "float32", "double": "float64"}
 
 
@@ -57,7 +58,9 @@ def check_choice(config: QuantizationConfigMixin, name: str, allowed: Iterable[A
         return
     if isinstance(value, str) and any(str(choice) == value and not isinstance(choice, str) for choice in allowed):
         raise refuse(config, name, f"that is text, write the number {value}")
-    hint = did_you_mean(value, [choice for choice in allowed if isinstance(choice, str)]) if isinstance(value, str) else ""
+    hint = (
+        did_you_mean(value, [choice for choice in allowed if isinstance(choice, str)]) if isinstance(value, str) else ""
+    )
     raise refuse(config, name, f"it must be {listed(allowed)}{hint}")
 
 
@@ -68,12 +71,39 @@ def check_group_size(config: QuantizationConfigMixin, name: str = "group_size") 
         raise refuse(config, name, "it must be a positive number of inputs, or -1 for one group per row")
 
 
+def check_positive(config: QuantizationConfigMixin, *names: str) -> None:
+    """Whole numbers above zero."""
+    for name in names:
+        check_type(config, name, int)
+        if getattr(config, name) <= 0:
+            raise refuse(config, name, "it must be a positive whole number")
+
+
+def check_flags(config: QuantizationConfigMixin, *names: str) -> None:
+    """True or False, not a number and not text."""
+    for name in names:
+        check_type(config, name, bool)
+
+
+def check_objects(config: QuantizationConfigMixin, *names: str) -> None:
+    """JSON objects, or None."""
+    for name in names:
+        check_type(config, name, dict, None)
+
+
 def check_names(config: QuantizationConfigMixin, name: str) -> None:
     """A list of module names or patterns, or None."""
     check_type(config, name, list, tuple, None)
     for entry in getattr(config, name) or ():
         if not isinstance(entry, str):
-            raise InvalidOptionType(f"{type(config).__name__}: {name} holds {entry!r}; it must be a list of module names")
+            raise InvalidOptionType(
+                f"{type(config).__name__}: {name} holds {entry!r}; it must be a list of module names"
+            )
+
+
+def parameter_owners(names: Iterable[str] | None) -> list[str] | None:
+    """Module names from a list that names their weights; others are kept."""
+    return None if names is None else [name.removesuffix(".weight") for name in names]
 
 
 def dtype_name(value: Any, option: str = "dtype") -> str:

@@ -6,6 +6,7 @@ There is no list of methods anywhere: the folder `anybit/methods` is the list.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,9 @@ def register_quantizer(name: str) -> Callable[[Class], Class]:
 
 def _register(table: dict[str, Any], what: str, name: str, cls: Any, base: type) -> None:
     if not isinstance(cls, type) or not issubclass(cls, base):
-        raise TypeError(f"{cls!r} cannot be the {what} {name!r}: it must be a class derived from anybit's {base.__name__}")
+        raise TypeError(
+            f"{cls!r} cannot be the {what} {name!r}: it must be a class derived from anybit's {base.__name__}"
+        )
     find_module(name)  # a built-in method's file registers first, so that a plugin cannot take its name
     taken = table.get(name)
     if taken is not None:
@@ -64,10 +67,11 @@ def _register(table: dict[str, Any], what: str, name: str, cls: Any, base: type)
 # --- look-up -------------------------------------------------------------------------------------------------------------
 
 
-def module_names() -> list[str]:
+@functools.cache
+def module_names() -> tuple[str, ...]:
     """Method files, by name."""
     package = importlib.import_module(METHODS_PACKAGE)
-    return sorted(item.name for item in pkgutil.iter_modules(package.__path__) if not item.name.startswith("_"))
+    return tuple(sorted(item.name for item in pkgutil.iter_modules(package.__path__) if not item.name.startswith("_")))
 
 
 def find_module(name: str) -> None:
@@ -90,29 +94,42 @@ def import_methods() -> None:
 
 
 def import_plugins(wanted: str) -> None:
-    """Import every plugin once. PluginError names the first that fails."""
+    """Import the plugin of that name, or else every plugin once. PluginError names the first that fails.
+
+    A plugin that fails is tried again at the next miss; what it had registered before it failed is forgotten.
+    """
     if _state["plugins"]:
         return
     from importlib.metadata import entry_points
 
     found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name != wanted)
+    failures: list[tuple[Any, Exception]] = []
+    tables: tuple[dict[str, Any], ...] = (_configs, _quantizers)
     for point in found:
+        before = [set(table) for table in tables]
         try:
             point.load()
         except Exception as error:
-            package = point.dist.name if point.dist is not None else "an unknown package"
-            raise PluginError(
-                f"plugin {point.name!r} ({point.value}, installed by {package}) failed while quantization method {wanted!r} "
-                f"was looked for: {type(error).__name__}: {error}. Repair it or uninstall {package}"
-            ) from error
-        if point.name == wanted and (wanted in _configs or wanted in _quantizers):
+            failures.append((point, error))
+            for table, registered in zip(tables, before, strict=True):
+                for name in set(table) - registered:
+                    del table[name]
+        if wanted in _configs or wanted in _quantizers:
             return
+    for point, failure in failures:
+        package = point.dist.name if point.dist is not None else "an unknown package"
+        raise PluginError(
+            f"plugin {point.name!r} ({point.value}, installed by {package}) failed while {wanted!r} was looked for: "
+            f"{type(failure).__name__}: {failure}. Repair it or uninstall {package}"
+        ) from failure
     _state["plugins"] = True
 
 
-def _find(look: Callable[[], Any], name: str) -> Any:
+def _find(look: Callable[[], Any], name: str, plugins: bool = True) -> Any:
     """`look()` after each step, cheapest step first; None when the last one changes nothing."""
-    steps: list[Callable[[], None]] = [lambda: find_module(name), import_methods, lambda: import_plugins(name)]
+    steps: list[Callable[[], None]] = [lambda: find_module(name), import_methods]
+    if plugins:
+        steps.append(lambda: import_plugins(name))
     for step in steps:
         found = look()
         if found is not None:
@@ -129,13 +146,13 @@ def quantizer_class(name: str) -> type[HfQuantizer]:
     return found
 
 
-def config_class(name: str) -> type[QuantizationConfigMixin] | None:
+def config_class(name: str, plugins: bool = True) -> type[QuantizationConfigMixin] | None:
     """The configuration class of that registered name or `quant_method`; None when there is none."""
 
     def look() -> type[QuantizationConfigMixin] | None:
         return _configs.get(name) or next((cls for cls in _configs.values() if cls.method == name), None)
 
-    found: type[QuantizationConfigMixin] | None = _find(look, name)
+    found: type[QuantizationConfigMixin] | None = _find(look, name, plugins)
     return found
 
 

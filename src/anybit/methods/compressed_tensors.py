@@ -1,0 +1,219 @@
+"""compressed-tensors. Groups of modules, each with a scheme for weights, inputs and outputs, and a storage format.
+
+Stored: weight, or weight_packed (int32 streams of integer codes; uint8 for FP4 and FP6) with weight_shape; weight_scale,
+weight_zero_point, weight_g_idx, weight_global_scale (a divisor), input_scale, input_global_scale; k_scale and v_scale of
+attention; compressed, bitmask, shape of the older sparse formats; bias. Files before 0.7 call their entry `compression_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from anybit.errors import InvalidOption, did_you_mean
+from anybit.quantizers.base import HfQuantizer
+from anybit.quantizers.config import QuantizationConfigMixin, difference
+from anybit.quantizers.options import check_flags, check_names, check_objects, check_type, listed
+from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+PARTS = ("weights", "input_activations", "output_activations")
+
+
+def _scheme(weights: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return {"weights": weights, "input_activations": inputs}
+
+
+def _float(bits: int, **more: Any) -> dict[str, Any]:
+    return {"num_bits": bits, "type": "float", **more}
+
+
+def _mx(bits: int, **more: Any) -> dict[str, Any]:
+    return _float(bits, group_size=32, scale_dtype="torch.uint8", **more)
+
+
+def _nvfp4(**more: Any) -> dict[str, Any]:
+    return _float(4, group_size=16, strategy="tensor_group", scale_dtype="torch.float8_e4m3fn", **more)
+
+
+def _token(bits: int, kind: str = "int") -> dict[str, Any]:
+    return {"num_bits": bits, "type": kind, "strategy": "token", "dynamic": True}
+
+
+_G128: Mapping[str, Any] = {"group_size": 128}
+# a group may be named after one of these, and then lists only its targets
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "UNQUANTIZED": _scheme(None),
+    **{f"W{bits}A16": _scheme({"num_bits": bits, **_G128}) for bits in range(2, 9)},
+    **{f"W{bits}A8": _scheme({"num_bits": bits, **_G128}, _token(8)) for bits in range(2, 8)},
+    **{f"W{bits}A4": _scheme({"num_bits": bits, **_G128}, _token(4)) for bits in range(2, 5)},
+    "W4A16_ASYM": _scheme({"num_bits": 4, "symmetric": False, **_G128}),
+    **dict.fromkeys(("W8A8", "INT8"), _scheme({"num_bits": 8, "strategy": "channel"}, _token(8))),
+    "W4AFP8": _scheme({"num_bits": 4, **_G128}, _token(8, "float")),
+    "FP8": _scheme(_float(8), _float(8, observer="static_minmax")),
+    "FP8_DYNAMIC": _scheme(_float(8, strategy="channel"), _token(8, "float")),
+    "FP8_BLOCK": _scheme(_float(8, strategy="block", block_structure=[128, 128]), _float(8, dynamic=True, **_G128)),
+    "NVFP4A16": _scheme(_nvfp4()),
+    "NVFP4": _scheme(_nvfp4(), _nvfp4(dynamic="local", observer="static_minmax")),
+    **{f"MXFP{bits}A16": _scheme(_mx(bits)) for bits in (4, 6, 8)},
+    "MXFP4": _scheme(_mx(4), _mx(4, dynamic=True)),
+    "MXFP8": _scheme(_mx(8), _mx(8, dynamic=True)),
+    "MXFP6A8": _scheme(_mx(6), _mx(8, dynamic=True)),
+    "MXFP4XFP8": _scheme(_mx(4), _float(8, dynamic=True, **_G128)),
+}
+
+
+@register_quantization_config("compressed-tensors")
+@dataclass(eq=False, repr=False)
+class CompressedTensorsConfig(QuantizationConfigMixin):
+    """`config_groups` are completed with their defaults, so that every scheme names bits, type, strategy and the rest."""
+
+    config_groups: dict[str, Any] | None = None
+    format: str = "dense"
+    quantization_status: str = "initialized"
+    kv_cache_scheme: dict[str, Any] | None = None
+    global_compression_ratio: float | None = None
+    ignore: list[str] | None = None
+    quant_method: str = "compressed-tensors"
+    run_compressed: bool | None = None  # older name of `not dequantize`
+    dequantize: bool = False
+    use_optimized_inference: bool = False
+    sparsity_config: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+    moe_sparsity_config: dict[str, Any] | None = None
+    version: str | None = None
+
+    method: ClassVar[str] = "compressed-tensors"
+    config_keys: ClassVar[tuple[str, ...]] = ("quantization_config", "compression_config")
+    loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize", "use_optimized_inference")
+    optional: ClassVar[tuple[str, ...]] = ("sparsity_config", "transform_config", "version")
+
+    def __post_init__(self) -> None:
+        run_compressed = self.__dict__.pop("run_compressed", None)
+        self.dequantize = self.dequantize or run_compressed is False
+        super().__post_init__()
+
+    def post_init(self) -> None:
+        check_objects(
+            self, "config_groups", "kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"
+        )
+        check_type(self, "format", str)
+        check_flags(self, "dequantize", "use_optimized_inference")
+        check_names(self, "ignore")
+        self.config_groups = {name: completed_scheme(name, group) for name, group in (self.config_groups or {}).items()}
+        if self.kv_cache_scheme is not None:
+            self.kv_cache_scheme = completed_arguments("kv_cache_scheme", self.kv_cache_scheme)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some group has a scheme."""
+        return bool(self.config_groups)
+
+    @property
+    def is_quantization_compressed(self) -> bool:
+        """Whether the stored weights are codes, not floats with scales beside them."""
+        return self.is_quantized and self.quantization_status == "compressed"
+
+    @property
+    def has_fp8_modules(self) -> bool:
+        """Whether some group has 8-bit float weights."""
+        weights = (group["weights"] for group in (self.config_groups or {}).values())
+        return any(args is not None and (args["type"], args["num_bits"]) == ("float", 8) for args in weights)
+
+    @classmethod
+    def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
+        if config_dict.get("quant_method") is not None:
+            return config_dict["quant_method"] == "compressed_tensors"
+        sparse = config_dict.get("sparsity_config")
+        return "quant_algo" not in config_dict and (
+            "config_groups" in config_dict or (isinstance(sparse, dict) and "format" in sparse)
+        )
+
+    @classmethod
+    def modernize(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        inside = config_dict.get("quantization_config")
+        return inside if isinstance(inside, dict) else config_dict
+
+    def own_dict(self) -> dict[str, Any]:
+        own = super().own_dict()
+        if self.config_groups or self.kv_cache_scheme:
+            return {name: value for name, value in own.items() if name not in self.loading_attributes}
+        return {name: own[name] for name in ("quant_method", *self.optional) if name in own}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return difference(self, CompressedTensorsConfig())
+
+
+def completed_scheme(name: str, group: Any) -> dict[str, Any]:
+    """A group with its preset resolved and every part completed. InvalidOption names what is wrong with it."""
+    if isinstance(group, (list, tuple)):
+        if name.upper() not in PRESETS:
+            raise InvalidOption(
+                f"CompressedTensorsConfig: config_groups[{name!r}] only lists targets, so its name must be a preset"
+                f"{did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}"
+            )
+        group = {"targets": list(group), **PRESETS[name.upper()]}
+    if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
+        raise InvalidOption(
+            f"CompressedTensorsConfig: config_groups[{name!r}] is {group!r}; it must be an object with `targets`"
+        )
+    parts = {
+        part: None if group.get(part) is None else completed_arguments(f"config_groups[{name!r}].{part}", group[part])
+        for part in PARTS
+    }
+    return {"format": None, **group, **parts}
+
+
+def completed_arguments(where: str, given: Any) -> dict[str, Any]:
+    """Bits, type, strategy and so on of one tensor, completed with the defaults."""
+    if not isinstance(given, dict):
+        raise InvalidOption(
+            f"CompressedTensorsConfig: {where} is {given!r}; it must be an object such as {{'num_bits': 8}}"
+        )
+    args = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "group_size": None,
+        "strategy": None,
+        "dynamic": False,
+        **given,
+    }
+    args["type"] = str(getattr(args["type"], "value", args["type"])).lower()
+    size, block = args["group_size"], args.get("block_structure")
+    if isinstance(block, str):
+        args["block_structure"] = [int(side) if side.isdigit() else 0 for side in block.lower().split("x")]
+    if args["strategy"] is None:
+        args["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
+    args["strategy"] = str(getattr(args["strategy"], "value", args["strategy"])).lower()
+    block = args.get("block_structure")
+    grouped = args["strategy"] in ("group", "tensor_group")
+    wrong = {
+        "num_bits": (
+            type(args["num_bits"]) is int and 1 <= args["num_bits"] <= 16,
+            "it must be a whole number from 1 to 16",
+        ),
+        "type": (args["type"] in ("int", "float"), "it must be 'int' or 'float'"),
+        "strategy": (args["strategy"] in STRATEGIES, f"it must be {listed(STRATEGIES)}"),
+        "group_size": (
+            type(size) is int and size > 0 if grouped else size in (None, -1),
+            f"with strategy {args['strategy']!r} it must be {'a positive whole number' if grouped else 'null or -1'}",
+        ),
+        "block_structure": (
+            (block is None) == (args["strategy"] != "block")
+            and (block is None or (len(block) == 2 and all(type(side) is int and side > 0 for side in block))),
+            "strategy 'block', and no other, has two positive whole numbers, rows and columns",
+        ),
+    }
+    for name, (fine, cure) in wrong.items():
+        if not fine:
+            raise InvalidOption(f"CompressedTensorsConfig: {where}.{name} is {args.get(name)!r}; {cure}")
+    return args
+
+
+@register_quantizer("compressed-tensors")
+class CompressedTensorsHfQuantizer(HfQuantizer):
+    """Layouts of compressed-tensors."""
+
+    requires_calibration = True
