@@ -69,6 +69,11 @@ class GPTQConfig(QuantizationConfigMixin):
     aliases: ClassVar[Mapping[str, str]] = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
     side_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
     loading_attributes: ClassVar[tuple[str, ...]] = ("max_input_length", "backend")
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"gptq-{bits}bit-g{group_size}": {"bits": bits, "group_size": group_size}
+        for bits in (2, 3, 4, 8)
+        for group_size in (32, 64, 128)
+    }
 
     def __post_init__(self) -> None:
         checkpoint_format = self.__dict__.pop("checkpoint_format", None)  # the older name of `format` wins
