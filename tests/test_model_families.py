@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], float]] = {
     "t5": ("T5ForConditionalGeneration", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}, 0.6),
 }
 CONFIGS: dict[str, Any] = {
-    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "gptq": lambda: GPTQConfig(bits=4, group_size=32),
 }
@@ -82,7 +82,9 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_model_is_the_dense_model_of_its_weights(family: str, scheme: str, checkpoints: Any, tmp_path: Path) -> None:
+def test_a_packed_model_is_the_dense_model_of_its_weights(
+    family: str, scheme: str, checkpoints: Any, tmp_path: Path
+) -> None:
     source = checkpoints(family)
     model: Any = anybit.load(source, CONFIGS[scheme](), dtype=torch.float32)
     assert model.anybit_plan.coverage >= FAMILIES[family][2], [

@@ -116,8 +116,7 @@ class RawFile:
         dtype = getattr(torch, info.dtype, None)
         if dtype is None:
             raise CheckpointError(
-                f"tensor {info.name!r} in {info.file} is {info.dtype}, which torch {torch.__version__} cannot hold; "
-                f"a newer torch may"
+                f"tensor {info.name!r} in {info.file} is {info.dtype}, a dtype this torch does not have; a newer one may"
             )
         if math.prod(info.shape) == 0:
             return torch.empty(info.shape, dtype=dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,9 @@ class SafetensorsWriter:
 
     `specs`: name -> (dtype, shape); tensors lie in this order (`aligned_order` is the one the safetensors package uses).
     `files`: name -> file name, to repeat a given division (default: `split` by `max_shard_size`). Several files get an index
-    with `index_metadata` beside the total size. Leaving the block with an error removes the files; leaving it with a tensor
-    missing is one.
+    with `index_metadata` beside the total size. `shrinking`: names of small tensors of one dimension whose length is known
+    only when they are made, and announced as the longest they can be; they lie behind the others of their file.
+    Leaving the block with an error removes the files; leaving it with a tensor missing is one.
     """
 
     def __init__(
@@ -47,9 +48,12 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
         index_metadata: Mapping[str, Any] | None = None,
+        shrinking: Collection[str] = (),
     ):
         self.folder = Path(folder)
-        self.specs = {name: (dtype_name(dtype), tuple(shape)) for name, (dtype, shape) in specs.items()}
+        order = sorted(specs, key=lambda name: name in shrinking)  # stable
+        self.specs = {name: (dtype_name(specs[name][0]), tuple(specs[name][1])) for name in order}
+        self._shrinking = frozenset(shrinking)
         sizes = {name: bytes_of(name, spec) for name, spec in self.specs.items()}
         self.file_of = dict(files) if files is not None else split(self.specs, max_shard_size)
         for file in self.file_of.values():
@@ -97,7 +101,8 @@ class SafetensorsWriter:
         if name in self._written:
             raise UnexpectedTensor(f"tensor {shorten(name)} was written to {self.folder} before")
         found = dtype_name(tensor.dtype), tuple(tensor.shape)
-        if found != self.specs[name]:
+        shrunk = name in self._shrinking and tensor.dim() == 1 and found[1] <= self.specs[name][1]
+        if found[0] != self.specs[name][0] or (found[1] != self.specs[name][1] and not shrunk):
             raise ShapeMismatch(
                 f"tensor {shorten(name)} is {found[0]} {list(found[1])}, but was announced as "
                 f"{self.specs[name][0]} {list(self.specs[name][1])}"
@@ -107,13 +112,17 @@ class SafetensorsWriter:
                 f"tensor {shorten(name)} is {'meta' if tensor.is_meta else tensor.layout}; it has no bytes to write"
             )
         shard = self._shards[self.file_of[name]]
-        if tensor.numel():
+        if name in self._shrinking:
+            shard.late[name] = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            self.index_metadata["total_size"] += len(shard.late[name]) - bytes_of(name, self.specs[name])
+        elif tensor.numel():
             # .cpu() and .contiguous() are free where nothing has to change
             flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             shard.put(name, flat.view(torch.uint8).numpy().data)
         self._written.add(name)
         shard.missing -= 1
         if not shard.missing:
+            shard.shrink()
             shard.close()
 
     def _finish(self) -> None:
@@ -149,6 +158,7 @@ class _Shard:
         self.missing = 0
         self.start = 0
         self.created = False
+        self.late: dict[str, bytes] = {}  # shrinking tensors, kept until the file is complete
         self.handle: FileIO | None = None
 
     def announce(self, name: str, spec: tuple[str, tuple[int, ...]], size: int) -> None:
@@ -161,16 +171,18 @@ class _Shard:
         self.size += size
         self.missing += 1
 
+    def _encoded(self) -> bytes:
+        header = json.dumps(self.header, separators=(",", ":"), ensure_ascii=False).encode()
+        return header + b" " * (-len(header) % 8)  # data then begins at a multiple of 8
+
     def create(self) -> None:
         """Make the file with its header and reserve the space of its data."""
-        header = json.dumps(self.header, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-len(header) % 8)  # data then begins at a multiple of 8
+        header = self._encoded()
         if len(header) > MAX_HEADER_BYTES:
             raise NotRepresentable(
                 f"{self.path}: a header of {len(header)} bytes, the format's limit is {MAX_HEADER_BYTES}. Write smaller shards"
             )
         self.start = 8 + len(header)
-        self.header = {}
         try:
             with open(self.path, "xb", buffering=0) as file:
                 self.created = True
@@ -198,6 +210,29 @@ class _Shard:
             _write_all(self.handle, data)
         except OSError as error:
             raise self._failed(error, name) from error
+
+    def shrink(self) -> None:
+        """Put the tensors whose length was not known behind the others, and say in the header where they are."""
+        if not self.late:
+            return
+        self.size = min(self.place[name] for name in self.late)
+        for name in [name for name in self.header if name in self.late]:
+            data, entry = self.late[name], self.header[name]
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            entry["shape"] = [len(data) * entry["shape"][0] // size] if size else [0]
+            entry["data_offsets"] = [self.size, self.size + len(data)]
+            self.place[name] = self.size
+            self.size += len(data)
+            self.put(name, memoryview(data))
+        header = self._encoded().ljust(self.start - 8)
+        try:
+            assert self.handle is not None
+            self.handle.seek(8)
+            _write_all(self.handle, memoryview(header))
+            self.handle.truncate(self.start + self.size)
+        except OSError as error:
+            raise self._failed(error) from error
+        self.late = {}
 
     def close(self) -> None:
         if self.handle is not None:

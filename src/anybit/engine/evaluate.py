@@ -174,7 +174,7 @@ def _are_ids(text: Any) -> bool:
 def tokenize(text: Any, tokenizer: Any, max_tokens: int | None = None, bos: bool | None = None) -> Tokens:
     """Token ids of a string, a file or ids; InvalidOption when there is nothing to score."""
     begin = _bos_of(tokenizer, bos)
-    bos_text = str(getattr(tokenizer, "bos_token", "") or "")
+    bos_text = str(tokenizer.convert_ids_to_tokens(begin)) if begin is not None else ""
     if _are_ids(text):
         ids = torch.as_tensor(text)
         if ids.dim() == 2 and ids.shape[0] == 1:
@@ -219,11 +219,15 @@ def read_text(text: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def _bos_of(tokenizer: Any, wanted: bool | None) -> int | None:
-    """The id each window begins with: asked for, or what the tokenizer puts first by itself."""
-    own = getattr(tokenizer, "bos_token_id", None)
+    """The id each window begins with: what the tokenizer puts first by itself, or its BOS when asked for."""
+    if tokenizer is None:
+        own = None
+    else:
+        plain, special = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
+        # not only `bos_token_id`: some tokenizers put a token first without naming it
+        own = special[0] if special[:1] != plain[:1] else getattr(tokenizer, "bos_token_id", None) if wanted else None
     if wanted is None:
-        begins = list(tokenizer("a")["input_ids"])[:1] if tokenizer is not None and own is not None else []
-        return own if begins == [own] else None
+        return own
     if wanted and own is None:
         raise InvalidOption(
             "bos=True, but there is no tokenizer or it has no BOS token; pass a tokenizer that has one, or bos=False"

@@ -73,10 +73,12 @@ def quantize(
 
 def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
     specs: dict[str, Spec] = {}
+    shrinking: set[str] = set()
     for part in entry.parts:
         assert part.layout is not None
         for own, spec in part.layout.specs().items():
             specs[join_name(part.prefix, own)] = spec
+        shrinking |= {join_name(part.prefix, own) for own in part.layout.shrinking()}
 
     def make() -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}
@@ -88,7 +90,7 @@ def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
         ready.checkpoint.release()
         return made
 
-    return Job(entry.slot.module, specs, make)
+    return Job(entry.slot.module, specs, make, frozenset(shrinking))
 
 
 # --- shared with dequantize ------------------------------------------------------------------------------------------------

@@ -164,9 +164,11 @@ def _packed_jobs(model: nn.Module) -> list[Job]:
         if not isinstance(module, PackedWeight):
             continue
         specs: dict[str, Spec] = {}
+        shrinking: set[str] = set()
         for part in module.parts:
             for own, spec in part.layout.specs().items():
                 specs[join_name(part.prefix or name, own)] = spec
+            shrinking |= {join_name(part.prefix or name, own) for own in part.layout.shrinking()}
 
         def make(module: PackedWeight = module, name: str = name) -> dict[str, Tensor]:
             with _at_hand(module):
@@ -176,7 +178,7 @@ def _packed_jobs(model: nn.Module) -> list[Job]:
                         made[join_name(part.prefix or name, own)] = tensor.cpu()
                 return made
 
-        jobs.append(Job(name, specs, make))
+        jobs.append(Job(name, specs, make, frozenset(shrinking)))
     return jobs
 
 

@@ -27,11 +27,15 @@ NOT_COPIED = ("config.json", "README.md")  # whole names: tokenizer_config.json 
 
 @dataclass(frozen=True)
 class Job:
-    """Makes the tensors whose names and specs it announced. `label` is what progress shows."""
+    """Makes the tensors whose names and specs it announced. `label` is what progress shows.
+
+    `shrinking`: names of tensors that may turn out shorter than announced.
+    """
 
     label: str
     specs: Mapping[str, Spec]
     make: Callable[[], Mapping[str, Tensor]]
+    shrinking: frozenset[str] = frozenset()
 
 
 def write_checkpoint(
@@ -59,6 +63,7 @@ def write_checkpoint(
         announced.update(job.specs)
     specs = {name: announced[name] for name in order or () if name in announced}
     specs |= announced
+    shrinking = frozenset().union(*(job.shrinking for job in jobs))
     target = Path(target)
     if merge and target.is_dir() and not _holds_model(target):
         inside = target / ".anybit-new"
@@ -75,7 +80,11 @@ def write_checkpoint(
         return target
     with atomic_folder(target, force=force) as folder:
         with SafetensorsWriter(
-            folder, specs, max_shard_size=max_shard_size, metadata=dict(metadata or {"format": "pt"})
+            folder,
+            specs,
+            max_shard_size=max_shard_size,
+            metadata=dict(metadata or {"format": "pt"}),
+            shrinking=shrinking,
         ) as writer:
             for number, job in enumerate(jobs):
                 made = job.make()

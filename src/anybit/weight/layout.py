@@ -64,6 +64,10 @@ class Layout:
             for name, tensor in self.encode(self.scheme()).items()
         }
 
+    def shrinking(self) -> frozenset[str]:
+        """Stored tensors whose length depends on the numbers (text, say); `specs` then tells the longest they can be."""
+        return frozenset()
+
     def algorithm_options(self) -> dict[str, object]:
         """Options for `algorithm`, e.g. the vendor's rule for ranges."""
         return {}
