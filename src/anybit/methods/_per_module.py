@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anybit.errors import InvalidOption, MissingTensor, ShapeMismatch
-from anybit.quantizers.matching import compiled
+from anybit.errors import CalibrationNeeded, InvalidOption, MissingTensor, ShapeMismatch
+from anybit.quantizers.matching import SafePattern, compiled
+from anybit.quantizers.options import check_type, refuse
 from anybit.weight.layout import ModuleInfo
 
 
@@ -25,30 +25,41 @@ class Settings:
 
 def settings_of(config: Any, module: str) -> Settings | None:
     """The module's settings: the first `dynamic` pattern that matches from the name's start wins. None: left dense."""
-    dynamic = config.extra_fields.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping):
-        raise InvalidOption(
-            f"{type(config).__name__}: dynamic is {dynamic!r}; it must map patterns of module names to options"
-        )
-    changed: dict[str, Any] = {}
-    for pattern, values in dynamic.items():
-        if compiled(pattern.removeprefix("-:").removeprefix("+:")).starts(module):
-            if pattern.startswith("-:"):
-                return None
-            changed = dict(values or {})
-            break
-    else:
-        pattern = ""
-    own = {name: getattr(config, name) for name in ("bits", "group_size", "sym", "desc_act", "format")}
-    if "checkpoint_format" in changed:
-        changed["format"] = changed["checkpoint_format"]
-    own.update({name: value for name, value in changed.items() if name in own and value is not None})
-    if changed:
+    for pattern, values in (config.dynamic or {}).items():
+        if _pattern(pattern).starts(module):
+            return None if pattern.startswith("-:") else _changed(config, pattern, values)
+    return _changed(config, "", None)
+
+
+def check_dynamic(config: Any) -> None:
+    """InvalidOption unless `dynamic` maps patterns to options that the configuration could have itself."""
+    check_type(config, "dynamic", dict, None)
+    for pattern, values in (config.dynamic or {}).items():
+        if not isinstance(pattern, str) or not isinstance(values, (dict, type(None))):
+            raise refuse(
+                config,
+                "dynamic",
+                "it must map patterns of module names to options, e.g. {'+:.*down_proj': {'bits': 8}}",
+            )
+        _pattern(pattern)
+        _changed(config, pattern, values)
+
+
+def _pattern(pattern: str) -> SafePattern:
+    return compiled(pattern.removeprefix("-:").removeprefix("+:"))
+
+
+def _changed(config: Any, pattern: str, values: Mapping[str, Any] | None) -> Settings:
+    own = {name: getattr(config, name) for name in ("bits", "group_size", "desc_act", "format")}
+    changed = {name: value for name, value in (values or {}).items() if value is not None}
+    changed.setdefault("format", changed.get("checkpoint_format", own["format"]))
+    symmetric = changed.get("sym", config.symmetric)
+    if values:
         try:
-            own["format"] = type(config)(**own).format
+            config = type(config)(**{**own, **{name: changed[name] for name in own if name in changed}})
         except InvalidOption as error:
-            raise InvalidOption(f"dynamic {pattern!r}, which is {module}'s: {error}") from error
-    return Settings(own["bits"], own["group_size"], bool(own["sym"]), own["format"], bool(own["desc_act"]))
+            raise InvalidOption(f"dynamic {pattern!r}: {error}") from error
+    return Settings(config.bits, config.group_size, bool(symmetric), config.format, bool(config.desc_act))
 
 
 def stays_dense(module: ModuleInfo) -> str | None:
@@ -61,35 +72,35 @@ def stays_dense(module: ModuleInfo) -> str | None:
     return "it is a router" if parts[-1] in ("gate", "router") else None
 
 
-def check_stored(module: ModuleInfo, stored: Mapping[str, Any], settings: Settings, **shapes: tuple[int, ...]) -> None:
-    """Tensors and configuration agree; otherwise say what the tensors look like instead."""
-    rows, columns = module.shape
-    for name, shape in shapes.items():
+def refuse_calibration(config: Any) -> None:
+    """CalibrationNeeded when a configuration asks for data; nothing is rounded to nearest behind the user's back."""
+    asked = [name for name in ("dataset", "tokenizer") if getattr(config, name) is not None]
+    if asked:
+        raise CalibrationNeeded(
+            f"{type(config).__name__} asks for calibration ({', '.join(asked)}), which quantizing at load does not run. Leave "
+            f"out {' and '.join(asked)} to round to nearest, or load a checkpoint that was calibrated"
+        )
+
+
+def check_stored(
+    module: ModuleInfo,
+    stored: Mapping[str, Any],
+    settings: Settings,
+    specs: Mapping[str, tuple[str, tuple[int, ...]]],
+    hint: str = "",
+) -> None:
+    """Tensors and configuration agree; otherwise name the tensor and say what it looks like instead (`hint`)."""
+    for name, (dtype, shape) in specs.items():
         full = f"{module.name}.{name}"
         if name not in stored:
             raise MissingTensor(
                 f"tensor {full!r} is not in the checkpoint; of {module.name} there are {', '.join(sorted(stored))}"
+                f"{f' ({hint})' if hint else ''}"
             )
-        found, dtype = tuple(stored[name].shape), stored[name].dtype
-        allowed = ("float16", "bfloat16", "float32") if name == "scales" else ("int32",)
-        if found == shape and dtype in allowed:
-            continue
-        hint = ""
-        if name == "qweight" and len(found) == 2 and found[1] == rows and found[0] * 32 % columns == 0:
-            hint = f"; that is {found[0] * 32 // columns} bits"
-        if name == "scales" and len(found) == 2 and found[1] == rows and found[0] and columns % found[0] == 0:
-            hint = f"; that is group_size {columns // found[0]}"
-        raise ShapeMismatch(
-            f"tensor {full!r} is {dtype} {found}{hint}. A weight {module.shape} of {settings.bits} bits in groups of "
-            f"{settings.group_size}, as the configuration has it, needs {' or '.join(allowed)} {shape}"
-        )
-
-
-def makers_of(config: Any) -> dict[str, tuple[int, ...]]:
-    """Tools that meta.quantizer ("tool:version", or a list of them) names, with their versions."""
-    named = (config.meta or {}).get("quantizer") if isinstance(config.meta, Mapping) else None
-    makers = {}
-    for entry in named if isinstance(named, list) else [named]:
-        tool, _, version = str(entry).lower().partition(":")
-        makers[tool] = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    return makers
+        found = tuple(stored[name].shape)
+        if found != shape or stored[name].dtype != dtype:
+            raise ShapeMismatch(
+                f"tensor {full!r} is {stored[name].dtype} {found}{f'; {hint}' if hint else ''}. A weight {module.shape} of "
+                f"{settings.bits} bits in groups of {settings.group_size} and format {settings.format!r}, as the "
+                f"configuration has it, needs {dtype} {shape}"
+            )

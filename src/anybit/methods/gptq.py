@@ -11,19 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from anybit._lazy import torch
 from anybit.errors import (
-    CalibrationNeeded,
-    CheckpointError,
     ConfigError,
-    CorruptFile,
-    MissingTensor,
     NotRepresentable,
     ShapeMismatch,
 )
+from anybit.methods._gptq_evidence import index_kind, is_planar, resemblance, zero_convention
 from anybit.methods._gptq_layout import GptqLayout
-from anybit.methods._per_module import Settings, check_stored, makers_of, settings_of, stays_dense
-from anybit.methods._words import read_codes, word_count
+from anybit.methods._per_module import (
+    Settings,
+    check_dynamic,
+    check_stored,
+    refuse_calibration,
+    settings_of,
+    stays_dense,
+)
+from anybit.methods._words import word_count
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_group_size, check_type, listed, refuse
@@ -64,6 +67,7 @@ class GPTQConfig(QuantizationConfigMixin):
     cache_block_outputs: bool = True
     modules_in_block_to_quantize: list[list[str]] | None = None
     checkpoint_format: str | None = None
+    dynamic: dict[str, dict[str, Any]] | None = None
 
     method: ClassVar[str] = "gptq"
     aliases: ClassVar[Mapping[str, str]] = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
@@ -93,6 +97,12 @@ class GPTQConfig(QuantizationConfigMixin):
         self.backend = self.backend.lower() if isinstance(self.backend, str) else self.backend or "auto"
         if self.desc_act:
             self.act_group_aware = False  # they exclude each other
+        check_dynamic(self)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero points lie in the middle of the codes."""
+        return bool(self.sym)
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
@@ -117,7 +127,8 @@ class GPTQConfig(QuantizationConfigMixin):
 
     def own_dict(self) -> dict[str, Any]:
         tokenizer = self.tokenizer if isinstance(self.tokenizer, str) else getattr(self.tokenizer, "name_or_path", None)
-        own = {name: value for name, value in self.__dict__.items() if name not in ("tokenizer", "extra_fields")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("tokenizer", "extra_fields")}
+        own = {name: value for name, value in kept.items() if value is not None or name not in self.optional}
         return {**copy.deepcopy(own), "tokenizer": tokenizer, "checkpoint_format": self.format}
 
     def to_dict_optimum(self) -> dict[str, Any]:
@@ -149,13 +160,8 @@ class GptqHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
-        config = self.quantization_config
-        asked = [name for name in ("dataset", "tokenizer") if getattr(config, name) is not None]
-        if not pre_quantized and asked:
-            raise CalibrationNeeded(
-                f"{type(config).__name__} asks for calibration ({', '.join(asked)}), which this call does not run. Leave out "
-                f"{' and '.join(asked)} to round to nearest, or load a checkpoint that was calibrated"
-            )
+        if not pre_quantized:
+            refuse_calibration(self.quantization_config)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         super().validate_environment(*args, device_map=device_map, **kwargs)
@@ -201,14 +207,16 @@ class GptqHfQuantizer(HfQuantizer):
         rows, columns = module.shape
         group_size = columns if settings.group_size == -1 else settings.group_size
         groups = -(-columns // group_size)
-        check_stored(
-            module,
-            stored,
-            settings,
-            qweight=(word_count(columns, settings.bits), rows),
-            qzeros=(groups, word_count(rows, settings.bits)),
-            scales=(groups, rows),
-        )
+        floats = ("float16", "bfloat16", "float32")
+        specs = {
+            "qweight": ("int32", (word_count(columns, settings.bits), rows)),
+            "qzeros": ("int32", (groups, word_count(rows, settings.bits))),
+            "scales": (
+                found if (found := getattr(stored.get("scales"), "dtype", "")) in floats else floats[0],
+                (groups, rows),
+            ),
+        }
+        check_stored(module, stored, settings, specs, resemblance(stored, rows, columns))
         if "bias" in stored and bool(peek("bias").any()):
             raise ShapeMismatch(
                 f"tensor '{module.name}.bias' holds numbers, but the model's {module.class_name} has no bias"
@@ -219,9 +227,9 @@ class GptqHfQuantizer(HfQuantizer):
             bits=settings.bits,
             group_size=group_size,
             scale_dtype=stored["scales"].dtype,
-            zeros=self._zero_convention(module, settings, peek),
-            planar=_is_planar(settings),
-            index=self._index_kind(module, settings, stored, peek, group_size),
+            zeros=zero_convention(self.quantization_config, module, settings, peek),
+            planar=is_planar(settings),
+            index=index_kind(self.quantization_config, module, settings, stored, peek, group_size),
             symmetric=settings.symmetric,
             zero_bias=stored["bias"].dtype if "bias" in stored else None,
         )
@@ -237,60 +245,6 @@ class GptqHfQuantizer(HfQuantizer):
                 f"{module.name} is a packed {module.kind}; GPTQ's layout of linear layers does not describe it"
             )
         return settings
-
-    def _index_kind(
-        self,
-        module: ModuleInfo,
-        settings: Settings,
-        stored: Mapping[str, Any],
-        peek: Callable[[str], Any],
-        group_size: int,
-    ) -> str:
-        """What g_idx says: "absent", "plain" (runs of group_size), "unused" (all zero), "columns" (act-order)."""
-        config, columns = self.quantization_config, module.shape[1]
-        static = config.extra_fields.get("static_groups", (config.meta or {}).get("static_groups"))
-        reordered = settings.desc_act and not static and columns > group_size
-        if "g_idx" not in stored:
-            if reordered:
-                raise MissingTensor(
-                    f"tensor '{module.name}.g_idx' is not in the checkpoint; with desc_act it tells the groups of the columns"
-                )
-            return "absent"
-        if (stored["g_idx"].dtype, tuple(stored["g_idx"].shape)) != ("int32", (columns,)):
-            return "plain"  # the plan names what is wrong with it
-        index = peek("g_idx")
-        if torch.equal(index, torch.arange(columns, dtype=torch.int32, device=index.device) // group_size):
-            return "plain"
-        if index.any():
-            return "columns"
-        if reordered:
-            raise CorruptFile(
-                f"tensor '{module.name}.g_idx' is all zero, but with desc_act it tells the groups of the columns"
-            )
-        return "unused"
-
-    def _zero_convention(self, module: ModuleInfo, settings: Settings, peek: Callable[[str], Any]) -> str:
-        """How qzeros are meant (`GptqLayout._read_zeros`). Where the maker is unknown, the stored words are the evidence."""
-        if settings.format != "gptq":
-            return "v2"
-        makers = makers_of(self.quantization_config)
-        if "anybit" in makers or makers.get("gptqmodel", (0,)) >= (0, 9):
-            return "v1"
-        if settings.symmetric:
-            return "v1_agreed"
-        bits, words = settings.bits, peek("qzeros")
-        top = (1 << bits) - 1
-        fields = read_codes(words, bits, module.shape[0], f"{module.name}.qzeros", _is_planar(settings)).integers()
-        if not bool((fields == top).any()):
-            return "v1_agreed"
-        if {"auto_gptq", "autogptq"} & set(makers) or _ones_reach_the_top(words, bits):
-            return "v1_unmasked"
-        raise CheckpointError(
-            f"tensor '{module.name}.qzeros' stores {top} for some zero points. gptqmodel from 0.9.0 means 0 by it, "
-            f"AutoGPTQ {top + 1}; meta.quantizer names neither, and AutoGPTQ would have filled these words with ones to "
-            'their top. Write the maker into the configuration: "meta": {"quantizer": ["gptqmodel:0.9.0"]} or '
-            '["auto_gptq:0.7.1"]'
-        )
 
     # --- creating ---
 
@@ -309,7 +263,7 @@ class GptqHfQuantizer(HfQuantizer):
             bits=settings.bits,
             group_size=group_size,
             zeros="v1" if settings.format == "gptq" else "v2",
-            planar=_is_planar(settings),
+            planar=is_planar(settings),
             symmetric=settings.symmetric,
         )
 
@@ -327,18 +281,3 @@ class GptqHfQuantizer(HfQuantizer):
         if any(size % 32 for size in module.shape):
             return f"GPTQ packs 32 rows and columns together, its shape is {module.shape}"
         return None
-
-
-def _is_planar(settings: Settings) -> bool:
-    return settings.bits in (5, 6, 7) or (settings.bits == 3 and settings.format == "gptq_p")
-
-
-def _ones_reach_the_top(words: Any, bits: int) -> bool:
-    """Whether every field of ones has ones above it in its word: AutoGPTQ ORs a zero point of -1 in as 32 ones."""
-    top = (1 << bits) - 1
-    for place in range(0, 32 * bits, bits):
-        word, shift = divmod(place, 32)
-        above = words[:, word::bits] >> shift  # arithmetic: -1 when all are ones
-        if shift + bits <= 32 and bool((((above & top) == top) & (above != -1)).any()):
-            return False
-    return True
