@@ -22,7 +22,6 @@ A message says what, where (module, tensor, file), why (the numbers) and what th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -113,6 +112,8 @@ def located(error: AnybitError, where: object) -> AnybitError:
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `names`, or an empty string."""
+    import difflib
+
     by_lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""

@@ -47,12 +47,12 @@ class AutoRoundConfig(QuantizationConfigMixin):
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
-        return cls.method in str(config_dict.get("quant_method"))  # "intel/auto-round" in its first versions
+        return _is_own(config_dict.get("quant_method"))
 
     @classmethod
     def modernize(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         written_by = str(getattr(config_dict.get("quant_method"), "value", config_dict.get("quant_method", cls.method)))
-        if cls.method in written_by:
+        if _is_own(written_by):
             return config_dict
         if written_by not in ("gptq", "awq"):
             raise InvalidOption(
@@ -71,6 +71,11 @@ class AutoRoundConfig(QuantizationConfigMixin):
             None if isinstance(stored, AutoRoundConfig) else self.from_dict(stored.to_dict())
         )
         return made
+
+
+def _is_own(quant_method: Any) -> bool:
+    """Also "intel/auto-round", of its first versions, and other spellings."""
+    return "autoround" in str(quant_method).replace("-", "").replace("_", "")
 
 
 @register_quantizer("auto-round")

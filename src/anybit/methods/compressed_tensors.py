@@ -133,7 +133,9 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
     @classmethod
     def modernize(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
         inside = config_dict.get("quantization_config")
-        return inside if isinstance(inside, dict) else config_dict
+        if not isinstance(inside, dict):
+            return config_dict
+        return {**{name: value for name, value in config_dict.items() if name != "quantization_config"}, **inside}
 
     def own_dict(self) -> dict[str, Any]:
         own = super().own_dict()

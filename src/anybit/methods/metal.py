@@ -46,11 +46,12 @@ class MetalConfig(QuantizationConfigMixin):
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
-        others = {name: value for name, value in config_dict.items() if name not in ("bits", "group_size", "mode")}
-        modules = all(
-            isinstance(value, dict) or (isinstance(value, bool) and "." in name) for name, value in others.items()
+        if config_dict.get("quant_method") is not None or not {"bits", "group_size"} <= config_dict.keys():
+            return False
+        others = [(name, value) for name, value in config_dict.items() if name not in ("bits", "group_size")]
+        return config_dict.get("mode") in tuple(BITS)[1:] or all(
+            isinstance(value, dict) or (isinstance(value, bool) and "." in name) for name, value in others
         )
-        return "bits" in config_dict and "group_size" in config_dict and modules
 
     @classmethod
     def modernize(cls, config_dict: dict[str, Any]) -> dict[str, Any]:

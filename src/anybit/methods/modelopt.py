@@ -72,8 +72,8 @@ class ModelOptConfig(QuantizationConfigMixin):
         if not (folder / FILE).is_file():
             return config_dict
         beside = cls.modernize(read_json(folder / FILE))
-        missing = {name: value for name, value in beside.items() if cls.aliases.get(name, name) not in config_dict}
-        return {**missing, **config_dict}
+        named = {cls.aliases.get(name, name): value for name, value in beside.items() if value is not None}
+        return {**named, **config_dict}
 
 
 @register_quantizer("modelopt")

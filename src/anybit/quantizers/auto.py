@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anybit.errors import CheckpointError, ConfigError, UnknownMethod, located
-from anybit.quantizers import checkpoint_config, registry
-from anybit.quantizers.base import HfQuantizer
+from anybit.quantizers import registry
 from anybit.quantizers.config import QuantizationConfigMixin, parameters_of
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    from anybit.quantizers.base import HfQuantizer
 
 # options of huggingface_hub.snapshot_download; other keyword arguments of from_pretrained are options of the configuration
 HUB_OPTIONS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "proxies",
-    "repo_type",
-    "endpoint",
-)
+    "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "repo_type", "endpoint",
+)  # fmt: skip
 
 
 def class_of(config_dict: Mapping[str, Any]) -> type[QuantizationConfigMixin]:
@@ -108,13 +102,17 @@ class AutoQuantizationConfig:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *, subfolder: str = "", **kwargs: Any
     ) -> QuantizationConfigMixin:
         """Of a local folder, a file in it, or a hub id; other `kwargs` override options. ConfigError when it has none."""
+        from pathlib import Path
+
         path = Path(pretrained_model_name_or_path).expanduser()
         if not path.exists():
             name = str(pretrained_model_name_or_path)
             if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
                 raise CheckpointError(f"{name!r} is neither a folder or file here nor a hub id (owner/name)")
             hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
-            path = checkpoint_config.fetch(name, **hub_options)
+            from anybit.quantizers.checkpoint_config import fetch
+
+            path = fetch(name, **hub_options)
         path = path / subfolder if subfolder else path
         config = cls.find(path)
         if config is None:
@@ -129,6 +127,10 @@ class AutoQuantizationConfig:
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> QuantizationConfigMixin | None:
         """The configuration a local folder (or a file, or its folder) carries, None for a dense checkpoint."""
+        from pathlib import Path
+
+        from anybit.quantizers.checkpoint_config import model_config_of, stored_config
+
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         if path != folder:
@@ -136,9 +138,9 @@ class AutoQuantizationConfig:
                 inside = found_class.of_file(path)
                 if inside is not None:
                     return _built(found_class, inside, {}, path)
-        model_config = checkpoint_config.model_config_of(folder)
+        model_config = model_config_of(folder)
         where = folder / "config.json"
-        stored = checkpoint_config.stored_config(model_config, str(where))
+        stored = stored_config(model_config, str(where))
         if stored is not None:
             try:
                 found_class = class_of(stored)
@@ -186,6 +188,9 @@ class AutoHfQuantizer:
         quantization_config_from_args: QuantizationConfigMixin | Mapping[str, Any] | None,
     ) -> QuantizationConfigMixin:
         """A checkpoint's configuration with the loading attributes of the one passed. ConfigError when the classes differ."""
+        import copy
+        import warnings
+
         stored = as_config(quantization_config)
         if quantization_config_from_args is None:
             return stored

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, did_you_mean
 from anybit.quantizers.config import QuantizationConfigMixin, QuantizationMethod
-from anybit.quantizers.matching import matching_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -171,6 +170,8 @@ class HfQuantizer:
 
         `slots`: the packable weights; each has `.module` (its path). Fills `modules_to_not_convert` and `skip_reasons`.
         """
+        from anybit.quantizers.matching import matching_pattern
+
         kept = list(getattr(model, "_keep_in_fp32_modules", None) or [])
         self.modules_to_not_convert = self.get_modules_to_not_convert(model, self.skipped_modules(), kept)
         self.skip_reasons = {}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.errors import ConfigError, InvalidOption, did_you_mean
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
 
 
 class QuantizationMethod(str, Enum):
@@ -212,11 +213,14 @@ class QuantizationConfigMixin:
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """Indented JSON of `to_diff_dict` or `to_dict`, keys sorted."""
+        import json
+
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the full dictionary as JSON."""
-        Path(json_file_path).write_text(self.to_json_string(use_diff=False), encoding="utf-8")
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(self.to_json_string(use_diff=False))
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set the options among `kwargs`, check them, return the rest. Nothing changes when the check fails."""

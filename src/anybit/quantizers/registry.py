@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from anybit.errors import InvalidOption, PluginError, UnknownMethod
@@ -70,6 +69,8 @@ def _register(table: dict[str, Any], what: str, name: str, cls: Any, base: type)
 @functools.cache
 def module_names() -> tuple[str, ...]:
     """Method files, by name."""
+    import pkgutil
+
     package = importlib.import_module(METHODS_PACKAGE)
     return tuple(sorted(item.name for item in pkgutil.iter_modules(package.__path__) if not item.name.startswith("_")))
 
@@ -156,10 +157,20 @@ def config_class(name: str, plugins: bool = True) -> type[QuantizationConfigMixi
     return found
 
 
-def config_classes() -> list[type[QuantizationConfigMixin]]:
-    """Every configuration class, each once."""
-    import_methods()
-    return list(dict.fromkeys(_configs.values()))
+def config_classes() -> Iterator[type[QuantizationConfigMixin]]:
+    """Every configuration class, each once; method files are imported as far as the caller goes."""
+    yield from _each(_configs, module_names())
+
+
+def _each(table: Mapping[str, Any], modules: Iterable[str]) -> Iterator[Any]:
+    """The different classes of a registry: those already in it, then those that each further file adds."""
+    seen: dict[Any, None] = {}
+    for module in (None, *modules):
+        if module is not None:
+            importlib.import_module(f"{METHODS_PACKAGE}.{module}")
+        for cls in [cls for cls in table.values() if cls not in seen]:
+            seen[cls] = None
+            yield cls
 
 
 def method_names() -> list[str]:
@@ -201,8 +212,7 @@ AUTO_QUANTIZATION_CONFIG_MAPPING: LiveMapping[type[QuantizationConfigMixin]] = L
 
 def class_named(name: str) -> type | None:
     """A configuration or quantizer class by its own name, e.g. "GPTQConfig"; None when no method file has it."""
-    import_methods()
-    for cls in [*_configs.values(), *_quantizers.values()]:
-        if cls.__name__ == name:
-            return cls
-    return None
+    # files whose name occurs in the class's name come first: usually no other one is imported
+    near = sorted(module_names(), key=lambda module: module.replace("_", "") not in name.lower())
+    table: Mapping[str, Any] = _quantizers if name.endswith("Quantizer") else _configs
+    return next((cls for cls in _each(table, near) if cls.__name__ == name), None)
