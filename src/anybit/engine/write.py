@@ -87,10 +87,9 @@ def write_checkpoint(
             shrinking=shrinking,
         ) as writer:
             for number, job in enumerate(jobs):
-                made = job.make()
-                for name, tensor in made.items():
-                    writer.write(name, tensor)
-                del made
+                made = dict(job.make())
+                for name in list(made):
+                    writer.write(name, made.pop(name))
                 if progress is not None:
                     progress(job.label, number + 1, len(jobs))
         for file in copy_from:

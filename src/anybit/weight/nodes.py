@@ -69,15 +69,17 @@ def children(node: Node) -> list[tuple[str, Node]]:
 def map_tensors(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
     """The same tree with every tensor replaced by `change(tensor)`."""
 
-    def visit(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return change(value)
-        if isinstance(value, Node):
-            return replace(value, **{field.name: visit(getattr(value, field.name)) for field in fields(value)})
-        return tuple(visit(item) for item in value) if isinstance(value, tuple) else value
-
-    result: Node = visit(node)
+    result: Node = _visit(node, change)
     return result
+
+
+def _visit(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    # not a closure: one that calls itself is a cycle, and keeps the tensors it has seen until the garbage collector comes
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Node):
+        return replace(value, **{field.name: _visit(getattr(value, field.name), change) for field in fields(value)})
+    return tuple(_visit(item, change) for item in value) if isinstance(value, tuple) else value
 
 
 def tensors_of(node: Node) -> list[Tensor]:
