@@ -101,6 +101,7 @@ class TestPerplexity:
         assert four.loss == pytest.approx(one.loss, rel=1e-6)
         assert (four.tokens, four.windows) == (one.tokens, one.windows)
 
+    @pytest.mark.slow
     def test_the_figures_of_the_examples_readme(self):
         """examples/data/README.md measured the whole text by the same protocol with transformers alone."""
         found = evaluate(MODEL, TEXT, context=256, dtype="float32", batch_size=8)

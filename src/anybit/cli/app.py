@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from anybit.cli import demo, looking, making, running
-from anybit.cli.errors import EXIT_CODES, OK, UNEXPECTED, UsageMistake, as_dict, exit_code, show
+from anybit.cli.errors import EXIT_CODES, INTERRUPTED, OK, UNEXPECTED, UsageMistake, as_dict, exit_code, show
 from anybit.cli.report import print_json
 from anybit.errors import did_you_mean
 
@@ -72,6 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _short_warnings():
             code = typer.main.get_command(app).main(list(arguments), prog_name="anybit", standalone_mode=False)
+        if code == INTERRUPTED:  # newer typers return it instead of raising
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else OK
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else UNEXPECTED

@@ -89,7 +89,7 @@ def inspect(
             for line, (own, stored) in enumerate(first.tensors.items()):
                 rows.append((name if line == 0 else "", total if line == 0 else "", f"{own} {_short(stored)}"))
         else:
-            rows.append((name, first.layout or "-", number(first.bits_per_weight, 2), total))
+            rows.append((name, _layout(first.layout) or "-", number(first.bits_per_weight, 2), total))
     columns = (
         ["module", ">bytes", "stored tensors"] if tensors or found.problems else ["module", "layout", ">bits", ">bytes"]
     )
@@ -152,7 +152,7 @@ def plan(
         first = members[0]
         note = f"[{reasons.setdefault(first.reason, len(reasons) + 1)}]" if first.reason else ""
         memory = size(sum(entry.bytes_memory for entry in members))
-        layout = first.layout if first.action != "quantize" else f"{first.layout} (made now)"
+        layout = _layout(first.layout) + (" (new)" if first.action == "quantize" else "")
         rows.append(
             (
                 name,
@@ -244,6 +244,11 @@ def _spans(values: list[int]) -> str:
         else:
             spans.append([value, value])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _layout(name: str) -> str:
+    """ "GptqLayout" -> "Gptq": the heading says the rest."""
+    return name.removesuffix("Layout") or name
 
 
 def _short(stored: str) -> str:

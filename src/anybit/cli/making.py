@@ -63,7 +63,7 @@ def quantize(
             force=force,
             progress=report,
         )
-    _written(out, plan, output, time.perf_counter() - begin)
+    _written(out, "quantized", plan, output, time.perf_counter() - begin)
 
 
 def dequantize(
@@ -95,7 +95,7 @@ def dequantize(
             force=force,
             progress=report,
         )
-    _written(out, plan, output, time.perf_counter() - begin)
+    _written(out, "dequantized", plan, output, time.perf_counter() - begin)
 
 
 def main_device(name: str) -> Any:
@@ -110,7 +110,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", ".bin"))
 
 
-def _written(out: Output, plan: Any, output: Path, seconds: float) -> None:
+def _written(out: Output, done: str, plan: Any, output: Path, seconds: float) -> None:
     before, after, peak = plan.bytes_on_disk, weight_bytes(output), peak_memory()
     out.result(
         {
@@ -126,7 +126,7 @@ def _written(out: Output, plan: Any, output: Path, seconds: float) -> None:
                 ("written", output),
                 ("method", plan.method),
                 ("weights", f"{size(before)} -> {size(after)}"),
-                ("covered", f"{percent(plan.coverage)} of the weights are quantized in the quantized checkpoint"),
+                (done, f"{percent(plan.coverage)} of the weights, embeddings and output layer counted"),
                 ("took", f"{duration(seconds)}, peak memory {size(peak)}"),
             ]
         ),

@@ -22,7 +22,7 @@ Config = type[QuantizationConfigMixin]
 def schemes() -> dict[str, tuple[Config, dict[str, Any]]]:
     """Every named scheme: the configuration class that offers it, and its options."""
     found: dict[str, tuple[Config, dict[str, Any]]] = {}
-    for cls in registry.config_classes():
+    for cls in dict.fromkeys(registry.config_classes()):
         for name, options in getattr(cls, "schemes", {}).items():
             if name in found:
                 raise ConfigError(

@@ -1,0 +1,5 @@
+"""`python -m anybit.cli` is `anybit`."""
+
+from anybit.cli import main
+
+main()
