@@ -143,9 +143,9 @@ def _extremes(
                 f"the weight holds {dense[start + bad[0], bad[1]].item()} at row {start + bad[0]}, column {bad[1]}, which no "
                 f"block of integers in {str(dtype).removeprefix('torch.')} arithmetic can hold; repair the checkpoint"
             )
-        block = torch.arange(start, stop, device=dense.device) // down
-        low.index_reduce_(0, block, lowest, "amin")
-        high.index_reduce_(0, block, highest, "amax")
+        block = (torch.arange(start, stop, device=dense.device) // down)[:, None].expand_as(lowest)
+        low.scatter_reduce_(0, block, lowest, "amin")
+        high.scatter_reduce_(0, block, highest, "amax")
     return low.to(dtype), high.to(dtype)
 
 
