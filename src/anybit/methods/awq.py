@@ -61,9 +61,7 @@ class AwqConfig(GPTQConfig):
     side_files: ClassVar[tuple[str, ...]] = ("quant_config.json", "quantize_config.json")
     optional: ClassVar[tuple[str, ...]] = ("dynamic", "checkpoint_format")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "awq-4bit-g128": {"bits": 4, "group_size": 128},
-        "awq-4bit-g64": {"bits": 4, "group_size": 64},
-        "awq-4bit-g32": {"bits": 4, "group_size": 32},
+        f"awq-4bit-g{group_size}": {"bits": 4, "group_size": group_size} for group_size in (32, 64, 128)
     }
 
     def __init__(

@@ -73,6 +73,7 @@ class GPTQConfig(QuantizationConfigMixin):
     aliases: ClassVar[Mapping[str, str]] = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
     side_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
     loading_attributes: ClassVar[tuple[str, ...]] = ("max_input_length", "backend")
+    optional: ClassVar[tuple[str, ...]] = ("dynamic",)
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"gptq-{bits}bit-g{group_size}": {"bits": bits, "group_size": group_size}
         for bits in (2, 3, 4, 8)
