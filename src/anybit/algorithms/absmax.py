@@ -168,10 +168,19 @@ def nested(scales: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic type (arXiv 1511.04561), float32 [256]: 2**i evenly spaced numbers in the decade 10**(i-6)."""
+    """The signed 8-bit dynamic type (arXiv 1511.04561), float32 [256]: 2**i evenly spaced numbers in the decade 10**(i-6).
+
+    bitsandbytes has torch space them, which differs from machine to machine in the last bit; these are a PC's, as in its files.
+    """
     numbers = [0.0, 1.0]
+    first = torch.tensor(0.1)
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, (1 << exponent) + 1, dtype=torch.float32)
+        count = 1 << exponent
+        place = torch.arange(count + 1, dtype=torch.float64)
+        step = ((1 - first) / count).double()  # in float64 a product and a sum are one rounding to float32, a fused one
+        edges = torch.where(
+            place < (count + 1) // 2, first.double() + step * place, 1.0 - step * (count - place)
+        ).float()
         middles = (edges[:-1] + edges[1:]) / 2.0
         numbers += (10 ** (exponent - 6) * middles).tolist() + (-(10 ** (exponent - 6)) * middles).tolist()
     return torch.tensor(sorted(numbers), dtype=torch.float32)
