@@ -30,8 +30,9 @@ class SpQRConfig(QuantizationConfigMixin):
     method: ClassVar[str] = "spqr"
 
     def post_init(self) -> None:
-        for name, only in (("bits", 3), ("beta1", 16), ("beta2", 16)):
+        for name in ("bits", "beta1", "beta2"):
             check_type(self, name, int)
+        for name, only in (("bits", 3), ("beta1", 16), ("beta2", 16)):
             check_choice(self, name, (only,))
         self.shapes = {} if self.shapes is None else self.shapes
         check_type(self, "shapes", dict)

@@ -110,17 +110,16 @@ def encoded(value: Any) -> Any:
     """Plain data from torchao's objects, in the form that torchao itself writes; other data as it is."""
     if isinstance(value, Mapping):
         return {key: encoded(inside) for key, inside in value.items()}
-    if isinstance(value, list):
+    if type(value) in (list, tuple):
         return [encoded(inside) for inside in value]
     if isinstance(value, enum.Enum):
         return {"_type": type(value).__name__, "_data": value.name}
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return {"_type": "torch.dtype", "_data": dtype_name(value)}
     if type(value).__module__.partition(".")[0] == "torchao":
-        options = {
-            key: encoded(inside) for key, inside in vars(value).items() if not key.startswith("_") and key != "version"
-        }
-        return {"_type": type(value).__name__, "_version": getattr(value, "version", 1), "_data": options}
+        options = value._asdict() if isinstance(value, tuple) else vars(value)
+        data = {key: encoded(own) for key, own in options.items() if not key.startswith("_") and key != "version"}
+        return {"_type": type(value).__name__, "_version": getattr(value, "version", 1), "_data": data}
     return value
 
 
