@@ -75,7 +75,8 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
     finally:
         if lock is not None:
             os.close(lock)
-    _remove(old)
+    if os.path.lexists(old):
+        _remove(old, target)
 
 
 def _exchange(folder: Path, target: Path) -> Path:
@@ -205,8 +206,11 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove(old: Path, target: Path) -> None:
+    """Delete the replaced folder; first under a name that no run will take for a folder to put back."""
+    if old.is_symlink():
+        old.unlink()
+        return
+    garbage = _sibling(target)
+    os.rename(old, garbage)
+    shutil.rmtree(garbage, ignore_errors=True)

@@ -116,8 +116,9 @@ class SafetensorsWriter:
             shard.late[name] = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             self.index_metadata["total_size"] += len(shard.late[name]) - bytes_of(name, self.specs[name])
         elif tensor.numel():
-            # .cpu() and .contiguous() are free where nothing has to change
-            flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            # free where nothing has to change; as_strided, for a contiguous single element may still have a stride of 2
+            whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            flat = whole.as_strided((whole.numel(),), (1,))
             shard.put(name, flat.view(torch.uint8).numpy().data)
         self._written.add(name)
         shard.missing -= 1
