@@ -117,7 +117,7 @@ def encoded(value: Any) -> Any:
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return {"_type": "torch.dtype", "_data": dtype_name(value)}
     if type(value).__module__.partition(".")[0] == "torchao":
-        options = value._asdict() if isinstance(value, tuple) else vars(value)
+        options = value._asdict() if hasattr(value, "_asdict") else vars(value)
         data = {key: encoded(own) for key, own in options.items() if not key.startswith("_") and key != "version"}
         return {"_type": type(value).__name__, "_version": getattr(value, "version", 1), "_data": data}
     return value

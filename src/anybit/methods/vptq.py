@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from anybit.errors import located
+from anybit.errors import ConfigError, located
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.options import InvalidOption, check_names, check_objects, check_type, refuse
+from anybit.quantizers.options import check_names, check_objects, check_type, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 
@@ -64,12 +64,12 @@ class VptqConfig(QuantizationConfigMixin):
         check_names(self, "modules_to_not_convert")
         check_objects(self, "config_for_layers", "shared_layer_config")
         self.config_for_layers, self.shared_layer_config = self.config_for_layers or {}, self.shared_layer_config or {}
-        for layers in (self.config_for_layers, self.shared_layer_config):
-            for name, settings in layers.items():
+        for option in ("config_for_layers", "shared_layer_config"):
+            for name, settings in getattr(self, option).items():
                 try:
                     VptqLayerConfig.from_dict(settings)
-                except InvalidOption as error:
-                    raise located(error, name) from error.__cause__
+                except ConfigError as error:
+                    raise located(error, f"VptqConfig: {option}[{name!r}]") from error.__cause__
         if self.enable_proxy_error is True:
             raise refuse(self, "enable_proxy_error", "it belongs to training; set it to False")
 
