@@ -104,9 +104,9 @@ class AutoQuantizationConfig:
         """Of a local folder, a file in it, or a hub id; other `kwargs` override options. ConfigError when it has none."""
         from pathlib import Path
 
-        path = Path(pretrained_model_name_or_path).expanduser()
-        if not path.exists():
-            name = str(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        path = Path(name).expanduser()
+        if not name or not path.exists():
             if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
                 raise CheckpointError(f"{name!r} is neither a folder or file here nor a hub id (owner/name)")
             hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
