@@ -315,6 +315,7 @@ def test_threads(tmp_path):
 MEMORY = """
 import resource, sys
 import torch
+from anybit._memory import peak_resident_bytes
 from anybit.containers import Checkpoint
 
 MB = 1 << 20
@@ -330,7 +331,7 @@ checkpoint.read("1.0")
 before = peak_resident_bytes()
 for name in checkpoint.tensors:
     assert checkpoint.read(name)[0].item() == float(name[2:])
-peak = (peak_resident_bytes() - before)
+peak = peak_resident_bytes() - before
 assert peak < 10 * MB, peak
 
 # Maps: nothing until touched, everything once touched, nothing after release.

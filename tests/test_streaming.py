@@ -16,11 +16,12 @@ LIMIT_BYTES = 2 << 30
 
 CHILD = """
 import resource, sys, torch
+from anybit._memory import peak_resident_bytes
 torch.set_num_threads(1)
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[3]), int(sys.argv[3])))
 import anybit
 anybit.{verb}(sys.argv[1], sys.argv[2], {arguments})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_resident_bytes())
 """
 
 

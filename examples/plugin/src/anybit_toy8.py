@@ -76,7 +76,7 @@ class Toy8HfQuantizer(HfQuantizer):
     def layout_of(
         self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], torch.Tensor]
     ) -> Layout | None:
-        return Toy8Layout(module.shape, module.dtype) if "codes" in stored else None
+        return Toy8Layout(module.shape, module.dtype) if {"codes", "scale"} & set(stored) else None
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         if module.kind != "linear" or not self.should_convert(module):

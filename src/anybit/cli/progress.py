@@ -6,17 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from anybit._memory import peak_resident_bytes
 from anybit.cli.report import Progress, size
 
 
 def peak_memory() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_resident_bytes() or None
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ class Offloader:
             for name, target in self.placement.device_map.items()
         }
         dispatch_model(
-            model, mapping, main_device=main_device(mapping), offload_dir=self.folder, offload_index=self.index or None,
+            model, mapping, main_device=str(main_device(mapping)), offload_dir=self.folder, offload_index=self.index or None,
             offload_buffers=False, force_hooks=True, skip_keys=getattr(model, "_skip_keys_device_placement", None),
         )  # fmt: skip
         model.hf_device_map = mapping  # type: ignore[assignment]

@@ -23,7 +23,7 @@ from anybit.weight import Layout, ModuleInfo
 from anybit.weight.layout import join_name
 
 # Python, the allocator and the reading buffers of one load; measured on Linux with torch 2.13
-OVERHEAD_BYTES = 64 << 20
+OVERHEAD_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)

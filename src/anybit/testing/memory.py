@@ -30,18 +30,18 @@ ENLARGED = {
 }  # fmt: skip
 
 _CHILD = """
-import json, resource, sys
+import json, sys
 import torch, transformers
 from transformers import AutoConfig, LlamaForCausalLM
+from anybit._memory import peak_resident_bytes
 from anybit.engine.load import load
 import anybit.engine.save
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_bytes()
 model = load(sys.argv[1])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-unit = 1 if sys.platform == "darwin" else 1024
+after = peak_resident_bytes()
 plan = model.anybit_plan
 largest = max(entry.bytes_stored for entry in plan.entries)
-print(json.dumps([(after - before) * unit, plan.bytes_in_memory, largest, plan.coverage]))
+print(json.dumps([after - before, plan.bytes_in_memory, largest, plan.coverage]))
 """
 
 
