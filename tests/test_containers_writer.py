@@ -175,6 +175,35 @@ def test_a_division_given_by_the_caller(tmp_path):
         SafetensorsWriter(tmp_path, specs_of(tensors), files=dict.fromkeys("ab", "x.safetensors"))
 
 
+def test_tensors_whose_length_is_known_when_they_are_made(tmp_path):
+    """Announced as the longest they can be, written shorter: the file is the one of their real lengths."""
+    specs = {"state": ("uint8", [100]), "w": ("float32", [2, 2]), "other": ("uint8", [9]), "empty": ("uint8", [5])}
+    tensors = {
+        "w": torch.ones(2, 2),
+        "state": torch.arange(37, dtype=torch.uint8),
+        "other": torch.arange(200, dtype=torch.uint8)[7::200],
+        "empty": torch.zeros(0, dtype=torch.uint8),
+    }
+    for limit in ("5GB", 60):
+        folder = tmp_path / str(limit)
+        folder.mkdir()
+        with SafetensorsWriter(folder, specs, limit, shrinking=["state", "other", "empty"]) as writer:
+            for name in ("empty", "state", "other", "w"):
+                writer.write(name, tensors[name])
+        with Checkpoint.open(folder) as checkpoint:
+            assert {name: checkpoint.read(name).tolist() for name in checkpoint.tensors} == {
+                name: tensor.tolist() for name, tensor in tensors.items()
+            }
+        index = folder / "model.safetensors.index.json"
+        if limit == 60:
+            assert json.loads(index.read_text())["metadata"]["total_size"] == 16 + 37 + 1
+    with (
+        pytest.raises(ShapeMismatch, match=r"'state' is uint8 \[101\]"),
+        SafetensorsWriter(tmp_path, specs, shrinking=["state"]) as writer,
+    ):
+        writer.write("state", torch.zeros(101, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2MiB", 2 << 20), (77, 77), ("77", 77), ("1TB", 10**12)]
 )

@@ -112,14 +112,12 @@ class SafetensorsWriter:
                 f"tensor {shorten(name)} is {'meta' if tensor.is_meta else tensor.layout}; it has no bytes to write"
             )
         shard = self._shards[self.file_of[name]]
+        data = _bytes(tensor)
         if name in self._shrinking:
-            shard.late[name] = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            self.index_metadata["total_size"] += len(shard.late[name]) - bytes_of(name, self.specs[name])
-        elif tensor.numel():
-            # free where nothing has to change; as_strided, for a contiguous single element may still have a stride of 2
-            whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            flat = whole.as_strided((whole.numel(),), (1,))
-            shard.put(name, flat.view(torch.uint8).numpy().data)
+            shard.late[name] = bytes(data)
+            self.index_metadata["total_size"] += len(data) - bytes_of(name, self.specs[name])
+        elif data:
+            shard.put(name, data)
         self._written.add(name)
         shard.missing -= 1
         if not shard.missing:
@@ -257,6 +255,16 @@ class _Shard:
             return FileExistsError(f"{self.path} exists; the writer makes new files only")
         where = f"{self.path}, tensor {shorten(name)}" if name else f"{self.path} ({self.start + self.size} bytes)"
         return write_failed(error, where)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; without a copy where it is contiguous on the CPU."""
+    if not tensor.numel():
+        return memoryview(b"")
+    whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # as_strided, for a contiguous tensor of a single element may still have a stride other than 1
+    view: memoryview = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
+    return view
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:
