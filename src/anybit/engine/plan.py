@@ -423,8 +423,8 @@ def _dense_reason(slot: Slot, quantizer: HfQuantizer | None) -> str:
 
 def _missing(parameter: str, checkpoint: Checkpoint) -> None:
     raise MissingTensor(
-        f"tensor {parameter!r} is not in {checkpoint.path}{did_you_mean(parameter, checkpoint.tensors)} "
-        f"The model cannot be complete without it"
+        f"tensor {parameter!r} is not in {checkpoint.path}{did_you_mean(parameter, checkpoint.tensors) or '.'} "
+        f"The model cannot be complete without it; download or write the checkpoint again"
     )
 
 
@@ -453,5 +453,5 @@ def _settle_rest(
             info = checkpoint.tensors[key]
             raise UnexpectedTensor(
                 f"tensor {key!r} in {info.file} belongs to no weight of {type(model).__name__}"
-                f"{did_you_mean(key, names.state)} Pass strict=False to load without it; the plan then names it"
+                f"{did_you_mean(key, names.state) or '.'} Pass strict=False to load without it; the plan then names it"
             )
