@@ -190,6 +190,10 @@ def build_plan(
             )
         plan.entries.append(builder.entry(slot, parts))
 
+    if quantizer is not None:
+        for what, modules in quantizer.decisions.items():
+            others = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+            plan.notes.append(f"{what} ({modules[0]}{others})")
     _settle_rest(sorted_names.unknown, plan, model, names, quantizer, checkpoint, strict)
     for key, stored in sorted_names.plain.items():
         info = checkpoint.tensors[stored]

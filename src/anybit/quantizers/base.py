@@ -41,6 +41,7 @@ class HfQuantizer:
         self.pre_quantized = pre_quantized
         self.modules_to_not_convert: list[str] = []
         self.skip_reasons: dict[str, str] = {}
+        self.decisions: dict[str, list[str]] = {}
         if not pre_quantized and self.requires_calibration:
             raise CalibrationNeeded(
                 f"{self.method_name} cannot be created from a dense checkpoint at load: its codes are fitted to calibration "
@@ -174,7 +175,7 @@ class HfQuantizer:
 
         kept = list(getattr(model, "_keep_in_fp32_modules", None) or [])
         self.modules_to_not_convert = self.get_modules_to_not_convert(model, self.skipped_modules(), kept)
-        self.skip_reasons = {}
+        self.skip_reasons, self.decisions = {}, {}
         for slot in slots:
             pattern = matching_pattern(slot.module, self.modules_to_not_convert)
             if pattern is not None:
@@ -183,6 +184,12 @@ class HfQuantizer:
     def should_convert(self, module: ModuleInfo) -> bool:
         """False when configuration or defaults leave the module dense; valid after `begin`."""
         return module.name not in self.skip_reasons
+
+    def decide(self, what: str, module: str) -> None:
+        """Say in the plan what was decided for a module against, or without, the configuration's word."""
+        modules = self.decisions.setdefault(what, [])
+        if module not in modules[-1:]:
+            modules.append(module)
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         """The layout these stored tensors have; None when they are a dense weight.

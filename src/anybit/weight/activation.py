@@ -31,7 +31,8 @@ class Activation:
 
     dtype: "int8", "e4m3", "e2m1", ...; granularity: "tensor", "token" or "group" (of `group_size` inputs);
     `names`/`tensors`: static scales and the like, as stored; `threshold`: inputs at least this large stay unquantized.
-    `stacked`: the tensors of a stack of experts have a leading experts axis of their own.
+    `stacked`: the tensors of a stack of experts have a leading experts axis of their own. `limit`: scales are chosen as if no
+    input were larger, so larger ones are clipped.
     """
 
     rule: str
@@ -43,6 +44,7 @@ class Activation:
     names: tuple[str, ...] = ()
     tensors: tuple[Tensor, ...] = ()
     stacked: bool = False
+    limit: float | None = None
 
     def select(self, expert: int) -> Activation:
         """What one expert of a stack does to its input."""
