@@ -279,3 +279,24 @@ def test_peak_memory_is_predicted_within_a_tenth(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     measured, predicted = json.loads(done.stdout.splitlines()[-1])
     assert abs(measured - predicted) <= 0.1 * predicted, f"measured {measured >> 20} MB, predicted {predicted >> 20} MB"
+
+
+def test_a_saved_checkpoint_is_the_file_that_was_loaded(tmp_path: Path) -> None:
+    for folder in (GPTQ, NF4, ROOT / "tests" / "golden" / "awq" / "w4_g128_zp_gemm"):
+        model: Any = anybit.load(folder)
+        model.save_pretrained(tmp_path / folder.name)
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / folder.name / name).read_bytes() == (folder / name).read_bytes(), (folder.name, name)
+
+
+def test_shards_stay_as_they_were_or_become_what_was_asked_for(tmp_path: Path) -> None:
+    anybit.quantize(TINY, tmp_path / "shards", GPTQConfig(bits=4, group_size=64), max_shard_size="1MB")
+    shards = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 3
+    model: Any = anybit.load(tmp_path / "shards")
+    model.save_pretrained(tmp_path / "same")
+    for name in [*shards, "model.safetensors.index.json", "config.json"]:
+        assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "shards" / name).read_bytes(), name
+    model.save_pretrained(tmp_path / "one", max_shard_size="1GB")
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(logits_of(anybit.load(tmp_path / "one")), logits_of(model))

@@ -14,10 +14,11 @@ from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.materialize import make_weight
 from anybit.engine.names import WHOLE
 from anybit.engine.plan import Entry, Plan, PlannedPart
-from anybit.engine.quantize import copy_job, source_config, stored_of
+from anybit.engine.quantize import Fold, copy_job, source_config, stored_of
 from anybit.engine.write import Job, Spec, side_files, write_checkpoint
 from anybit.errors import ConfigError
 from anybit.modules import PackedWeight, QuantExperts, TiedLinear
+from anybit.quantizers.attachments import detach
 from anybit.quantizers.checkpoint_config import KEY
 from anybit.weight.layout import join_name
 
@@ -28,7 +29,7 @@ def dequantize(
     *,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -43,13 +44,16 @@ def dequantize(
     if ready.quantizer is None:
         raise ConfigError(f"{src} is not quantized: its configuration has no {KEY}. There is nothing to dequantize")
     jobs: list[Job] = []
+    folds = ready.quantizer.folds
     for entry in ready.plan.entries:
+        fold = folds.get(entry.slot.parameter)
         if entry.action == "dense":
-            jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype) for info in stored_of(entry)]
+            jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype, fold) for info in stored_of(entry)]
         else:
-            jobs += [_dense_job(ready, entry, part, torch.device(device)) for part in entry.parts]
-    for infos in ready.plan.plain.values():
-        jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype) for info in infos]
+            jobs += [_dense_job(ready, entry, part, torch.device(device), fold) for part in entry.parts]
+    for key, infos in ready.plan.plain.items():
+        if key not in ready.quantizer.attached:
+            jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype, folds.get(key)) for info in infos]
     config = without_quantization(source_config(ready))
     config.pop("torch_dtype", None)
     config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
@@ -72,7 +76,7 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.device) -> Job:
+def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.device, fold: Fold | None) -> Job:
     """The dense weight of one stored unit, under the name and in the orientation it has in a dense checkpoint."""
     assert part.layout is not None
     name = part.prefix if entry.slot.kind == "experts" and part.index == WHOLE else join_name(part.prefix, "weight")
@@ -82,7 +86,8 @@ def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.d
     dtype = ready.plan.dtype
 
     def make() -> dict[str, Tensor]:
-        dense = make_weight(ready.model, entry, part, ready.checkpoint, device).to_dense(dtype)
+        weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+        dense = weight.to_dense(dtype) if fold is None else fold(weight.to_dense(torch.float32)).to(dtype)
         ready.checkpoint.release()
         return {name: (dense.transpose(-1, -2).contiguous() if turned else dense).cpu()}
 
@@ -101,12 +106,16 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     finally:
         if stored is not None:
             setattr(config, KEY, stored)
+    quantizer = model.__dict__.get("hf_quantizer")
+    folds = quantizer.folds if quantizer is not None else {}
     turned = {entry.slot.module for entry in plan.entries if entry.slot.transposed}  # the class stores [in, out]
+    packed_names = {name for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     tied = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedLinear)]
     for name, module in list(model.named_modules()):
         if not isinstance(module, PackedWeight):
             continue
-        dense = module.dequantize(target)
+        fold = folds.get(f"{name}.weight")
+        dense = module.dequantize(target) if fold is None else fold(module.dequantize(torch.float32)).to(target)
         parent, _, own = name.rpartition(".")
         owner = model.get_submodule(parent)
         if isinstance(module, QuantExperts):
@@ -128,11 +137,16 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
         _fill(layer, torch.empty(0), module)
         layer.weight = model.get_parameter(plan.tied[f"{name}.weight"])
         setattr(model.get_submodule(parent), own, layer)
+    for key, fold in folds.items():
+        if key.rpartition(".")[0] not in packed_names or key.endswith(".bias"):
+            parameter = model.get_parameter(key)
+            parameter.data = fold(parameter.data.to(torch.float32)).to(parameter.dtype)
+    if quantizer is not None:
+        detach(model, quantizer.attached)
     if dtype is not None:
         model.to(dtype)
     for attribute in ("save_pretrained", "dequantize", "anybit_plan", "_anybit_source"):
         model.__dict__.pop(attribute, None)
-    quantizer = model.__dict__.get("hf_quantizer")
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
     return model

@@ -121,7 +121,7 @@ class Offloader:
         assert self.folder is not None
         os.makedirs(self.folder, exist_ok=True)
         for key, owner, own in list(_tensors_under(model, name)):
-            store: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers  # type: ignore[assignment]
+            store: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
             tensor = store[own]
             if tensor is None or tensor.device.type == "meta":
                 continue

@@ -137,6 +137,8 @@ def prepare(
     slots = skeleton.slots(model)
     names = Names(model, slots)
     if quantizer is not None:
+        quantizer.attach(model, checkpoint, names.path_of)
+        names.state = dict(model.state_dict())
         quantizer.begin(model, list(slots.values()))
     made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict)
     return Prepared(model, made, checkpoint, names, quantizer, folder)

@@ -14,6 +14,7 @@ from anybit.engine.plan import Entry, Plan, PlannedPart
 from anybit.engine.skeleton import Slot
 from anybit.errors import AnybitError, CalibrationNeeded, located
 from anybit.modules import PackedWeight, Part, QuantEmbedding, QuantExperts, QuantLinear, TiedLinear
+from anybit.quantizers.attachments import carry_over
 from anybit.weight import Weight
 
 
@@ -112,6 +113,7 @@ def packed_layer(module: Any, slot: Slot) -> PackedWeight:
         state = {**module.__dict__, **packed.__dict__, **kept}
         packed = twin.__new__(twin)
         packed.__dict__.update(state)
+    carry_over(module, packed)
     packed.train(module.training)
     return packed
 

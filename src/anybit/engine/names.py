@@ -89,6 +89,7 @@ class Names:
         self.state: dict[str, Any] = dict(model.state_dict())
         self.slots = slots
         self.base_model_prefix = model.base_model_prefix
+        self._modules = {name for name, _ in model.named_modules()}
         self._parts: dict[str, tuple[str, Index] | None] = {}
 
     def sort(self, keys: Iterable[str]) -> Sorted:
@@ -130,6 +131,17 @@ class Names:
             one for one in self.converters if pattern in one.source_patterns and _took(one, key, self.renamings)
         )
         return renamed, converter, pattern
+
+    def path_of(self, module: str) -> str | None:
+        """The model's path of a module that the checkpoint calls `module`; None if the model has no such module."""
+        from transformers.core_model_loading import apply_renamings
+
+        path = apply_renamings(f"{module}.weight", self.renamings).removesuffix(".weight")
+        base = f"{self.base_model_prefix}."
+        for candidate in (path, base + path, path.removeprefix(base), module):
+            if candidate in self._modules:
+                return candidate
+        return None
 
     def _place(self, key: str, renamed: str) -> tuple[str, Index, str, str] | None:
         """(slot, index, prefix, relative name), or None: an ordinary tensor, or one the model does not have."""

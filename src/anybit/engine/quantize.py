@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from anybit.quantizers.checkpoint_config import KEY, read_json
 from anybit.weight.layout import join_name
 
 
+Fold = Callable[[Tensor], Tensor]  # float32 -> float32 of one shape
+
+
 def quantize(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -27,7 +30,7 @@ def quantize(
     *,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -101,13 +104,14 @@ def stored_of(entry: Entry) -> list[Any]:
     return [info for part in entry.parts for info in part.stored.values()]
 
 
-def copy_job(checkpoint: Checkpoint, info: Any, dtype: torch.dtype | None) -> Job:
-    """A stored tensor under its own name; floating-point numbers become `dtype` unless it is None."""
+def copy_job(checkpoint: Checkpoint, info: Any, dtype: torch.dtype | None, fold: Fold | None = None) -> Job:
+    """A stored tensor under its own name; floating-point numbers become `dtype` unless it is None. `fold` changes them."""
     stored: torch.dtype = getattr(torch, info.dtype)
     target = dtype if dtype is not None and stored.is_floating_point and stored.itemsize > 1 else stored
 
     def make() -> dict[str, Tensor]:
-        return {info.name: checkpoint.read(info.name).to(target)}
+        tensor = checkpoint.read(info.name)
+        return {info.name: (tensor if fold is None else fold(tensor.to(torch.float32))).to(target)}
 
     return Job(info.name, {info.name: (str(target).removeprefix("torch."), tuple(info.shape))}, make)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.engine.names import WHOLE, restored_names
-from anybit.engine.write import Job, Spec, side_files, write_checkpoint
+from anybit.engine.write import Arrangement, Job, Spec, side_files, write_checkpoint
 from anybit.errors import InvalidOption, did_you_mean
 from anybit.modules import PackedWeight, TiedLinear
 from anybit.quantizers.checkpoint_config import KEY, read_json
@@ -47,8 +47,10 @@ def bind(model: Any, prepared: Prepared) -> None:
         "config": read_json(source) if source.is_file() else None,
         "config_bytes": source.read_bytes() if source.is_file() else None,
         "snapshot": _snapshot(model),
-        "order": list(prepared.checkpoint.tensors),
-        "metadata": dict(prepared.checkpoint.metadata),
+        "arrangement": Arrangement(
+            {name: Path(info.file).name for name, info in prepared.checkpoint.tensors.items()},
+            dict(prepared.checkpoint.metadata),
+        ),
         "as_stored": prepared.quantizer is None or prepared.quantizer.pre_quantized,
     }
     stored_dtype = _stored_dtype(model._anybit_source["config"])
@@ -104,9 +106,8 @@ def save(
     if generation is not None and model.can_generate() and not (folder / "generation_config.json").is_file():
         extra["generation_config.json"] = generation.to_json_string(use_diff=True).encode()
     return write_checkpoint(
-        target, jobs, _config(model), order=source["order"], metadata=source["metadata"] or None,
-        max_shard_size=max_shard_size or "5GB", copy_from=side_files(folder) if folder.is_dir() else (), extra_files=extra,
-        force=force, merge=True,
+        target, jobs, _config(model), like=source["arrangement"], max_shard_size=max_shard_size,
+        copy_from=side_files(folder) if folder.is_dir() else (), extra_files=extra, force=force, merge=True,
     )  # fmt: skip
 
 

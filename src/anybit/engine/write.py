@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anybit.containers.writer import SafetensorsWriter, atomic_folder
+from anybit.containers.writer import SafetensorsWriter, aligned_order, atomic_folder
 
 Spec = tuple[str, tuple[int, ...]]  # dtype name, shape
 
@@ -38,14 +38,21 @@ class Job:
     shrinking: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """How a checkpoint's tensors lie in its files: name -> file name, in order, and the metadata of the headers."""
+
+    files: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
 def write_checkpoint(
     target: str | os.PathLike[str],
     jobs: Sequence[Job],
     config: Mapping[str, Any] | bytes,
     *,
-    order: Sequence[str] | None = None,
-    metadata: Mapping[str, str] | None = None,
-    max_shard_size: int | str = "5GB",
+    like: Arrangement | None = None,
+    max_shard_size: int | str | None = None,
     copy_from: Iterable[Path] = (),
     extra_files: Mapping[str, bytes] | None = None,
     force: bool = False,
@@ -54,26 +61,25 @@ def write_checkpoint(
 ) -> Path:
     """Write weights, config.json and side files to the folder `target`, atomically; returns it.
 
-    `order`: tensor names in the order they lie in the file (those it lacks follow as the jobs announce them). Raises
-    FileExistsError unless `force`; with `merge`, a folder that holds no model yet (a tokenizer, say) is added to. Nothing
-    is left behind on any error.
+    `like`: lay the same tensors out as they were, unless `max_shard_size` says otherwise. Raises FileExistsError unless
+    `force`; with `merge`, a folder that holds no model yet (a tokenizer, say) is added to. Nothing is left behind on any error.
     """
-    announced: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for job in jobs:
-        announced.update(job.specs)
-    specs = {name: announced[name] for name in order or () if name in announced}
-    specs |= announced
+        specs.update(job.specs)
+    same = like is not None and max_shard_size is None and set(like.files) == set(specs)
+    order = list(like.files) if same and like is not None else aligned_order(specs)
+    specs = {name: specs[name] for name in order}
     shrinking = frozenset().union(*(job.shrinking for job in jobs))
     target = Path(target)
     if merge and target.is_dir() and not _holds_model(target):
         inside = target / ".anybit-new"
         write_checkpoint(
-            inside, jobs, config, order=order, metadata=metadata, max_shard_size=max_shard_size, copy_from=copy_from,
-            extra_files=extra_files, force=True, progress=progress,
+            inside, jobs, config, like=like, max_shard_size=max_shard_size, copy_from=copy_from, extra_files=extra_files,
+            force=True, progress=progress,
         )  # fmt: skip
-        for file in sorted(
-            inside.iterdir(), key=lambda file: file.name == "config.json"
-        ):  # config.json makes it a model: last
+        # config.json makes it a model, so it comes last
+        for file in sorted(inside.iterdir(), key=lambda file: file.name == "config.json"):
             if not (target / file.name).exists() or file.suffix != ".json" or file.name == "config.json":
                 os.replace(file, target / file.name)
         shutil.rmtree(inside)
@@ -82,8 +88,9 @@ def write_checkpoint(
         with SafetensorsWriter(
             folder,
             specs,
-            max_shard_size=max_shard_size,
-            metadata=dict(metadata or {"format": "pt"}),
+            max_shard_size=max_shard_size or "5GB",
+            metadata=dict(like.metadata) if same and like is not None else {"format": "pt"},
+            files=like.files if same and like is not None else None,
             shrinking=shrinking,
         ) as writer:
             for number, job in enumerate(jobs):

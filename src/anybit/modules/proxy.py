@@ -17,13 +17,13 @@ from anybit.errors import NoKernel
 Product = Callable[[Tensor], Tensor]
 
 _TURNS = (
-    torch.Tensor.T.__get__,
-    torch.Tensor.mT.__get__,
+    torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
     torch.Tensor.t,
     torch.t,
     torch.Tensor.transpose,
     torch.transpose,
-)  # type: ignore[attr-defined]
+)
 _PRODUCTS = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 
 
@@ -38,10 +38,10 @@ class PackedTensor(torch.Tensor):
         cls, product: Product, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, turned: bool = False
     ) -> PackedTensor:
         size = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
-        self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self: Any = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
         self.product, self.turned = product, turned
         self._is_hf_initialized = True  # transformers' initialisation leaves it alone
-        return self  # type: ignore[no-any-return]
+        return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -64,13 +64,15 @@ class PackedTensor(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NoKernel(
             f"a packed weight does not take part in {function}: it holds codes, not numbers. The layer's dequantize() gives the "
             "dense weight"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
 
