@@ -41,6 +41,8 @@ class HfQuantizer:
         self.pre_quantized = pre_quantized
         self.modules_to_not_convert: list[str] = []
         self.skip_reasons: dict[str, str] = {}
+        self.attached: set[str] = set()
+        self.folds: dict[str, Callable[[Any], Any]] = {}
         self.decisions: dict[str, list[str]] = {}
         if not pre_quantized and self.requires_calibration:
             raise CalibrationNeeded(
@@ -180,6 +182,14 @@ class HfQuantizer:
             pattern = matching_pattern(slot.module, self.modules_to_not_convert)
             if pattern is not None:
                 self.skip_reasons[slot.module] = f"{pattern!r} is among the modules not to convert"
+
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        """Once, before the names of the model's tensors are taken: hooks, and buffers for what is stored beside weights.
+
+        `checkpoint`: its `.tensors` by name and `.read(name)`. `path_of`: a module's name in the checkpoint -> its path in the
+        model. Fills `attached`, the state dict keys of buffers that mean nothing to a dense model, and `folds`: what makes a
+        dense weight or bias, by key, do without the hooks; float32 in and out. See `quantizers.attachments`.
+        """
 
     def should_convert(self, module: ModuleInfo) -> bool:
         """False when configuration or defaults leave the module dense; valid after `begin`."""
