@@ -30,7 +30,7 @@ def quantize(
     *,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
