@@ -10,6 +10,13 @@ from typing import Any
 from anybit.errors import did_you_mean
 
 
+def is_module(name: str) -> bool:
+    """Whether a submodule of that name can be imported."""
+    from importlib.util import find_spec
+
+    return not name.rpartition(".")[2].startswith("__") and find_spec(name) is not None
+
+
 def lazy(
     package: str, table: Mapping[str, str], miss: Callable[[str], Any] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -20,6 +27,8 @@ def lazy(
             value = getattr(importlib.import_module(table[name]), name)
         else:
             value = miss(name) if miss is not None and not name.startswith("_") else None
+            if value is None and is_module(f"{package}.{name}"):
+                return importlib.import_module(f"{package}.{name}")
             if value is None:
                 raise AttributeError(f"module {package!r} has no attribute {name!r}{did_you_mean(name, table)}")
         setattr(sys.modules[package], name, value)

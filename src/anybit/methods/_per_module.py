@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anybit.errors import CalibrationNeeded, InvalidOption, MissingTensor, ShapeMismatch
-from anybit.quantizers.matching import SafePattern, compiled
 from anybit.quantizers.options import check_type, refuse
-from anybit.weight.layout import ModuleInfo
+
+if TYPE_CHECKING:
+    from anybit.quantizers.matching import SafePattern
+    from anybit.weight.layout import ModuleInfo
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def check_dynamic(config: Any) -> None:
 
 
 def _pattern(pattern: str) -> SafePattern:
+    from anybit.quantizers.matching import compiled
+
     return compiled(pattern.removeprefix("-:").removeprefix("+:"))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
 from anybit.errors import InvalidOption, NotRepresentable, ShapeMismatch, UnexpectedTensor
-from anybit.methods._awq_layout import AwqGemmLayout, AwqGemvFastLayout, AwqGemvLayout, AwqLayout
 from anybit.methods._per_module import (
     Settings,
     check_dynamic,
@@ -17,13 +17,18 @@ from anybit.methods._per_module import (
     settings_of,
     stays_dense,
 )
-from anybit.methods._words import word_count
 from anybit.methods.gptq import BITS, GPTQConfig
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_group_size, check_names, check_type
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
-from anybit.weight.layout import Layout, ModuleInfo
+
+if TYPE_CHECKING:
+    from anybit.methods import _awq_layout as layouts
+    from anybit.methods import _words as words
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    layouts, words = LazyModule("anybit.methods._awq_layout"), LazyModule("anybit.methods._words")
 
 
 class AwqFormat(str, Enum):
@@ -126,12 +131,12 @@ class AwqConfig(GPTQConfig):
 
 # --- quantizer -----------------------------------------------------------------------------------------------------------
 
-# the class of each format and what rows and columns must be multiples of
-LAYOUTS: Mapping[str, tuple[type[AwqLayout], int, int]] = {
-    "gemm": (AwqGemmLayout, 8, 1),
-    "gemv": (AwqGemvLayout, 1, 32),
-    "gemv_fast": (AwqGemvFastLayout, 4, 64),
-    "llm-awq": (AwqGemvFastLayout, 4, 64),
+# the layout of each format and what rows and columns must be multiples of
+LAYOUTS: Mapping[str, tuple[str, int, int]] = {
+    "gemm": ("AwqGemmLayout", 8, 1),
+    "gemv": ("AwqGemvLayout", 1, 32),
+    "gemv_fast": ("AwqGemvFastLayout", 4, 64),
+    "llm-awq": ("AwqGemvFastLayout", 4, 64),
 }
 
 
@@ -193,14 +198,14 @@ class AwqQuantizer(HfQuantizer):
         check_stored(module, stored, settings, layout.specs(), hint)
         return layout
 
-    def _layout(self, module: ModuleInfo, settings: Settings) -> AwqLayout:
+    def _layout(self, module: ModuleInfo, settings: Settings) -> layouts.AwqLayout:
         group_size = module.shape[1] if settings.group_size == -1 else settings.group_size
-        cls = LAYOUTS[settings.format][0]
+        cls: type[layouts.AwqLayout] = getattr(layouts, LAYOUTS[settings.format][0])
         layout = cls(module.shape, module.dtype, settings.bits, group_size, symmetric=settings.symmetric)
-        if isinstance(layout, AwqGemmLayout):
+        if isinstance(layout, layouts.AwqGemmLayout):
             from_auto_round = self.quantization_config.extra_fields.get("provider") == "auto-round"
             return replace(layout, interleaved=settings.bits == 4 or (settings.bits in (5, 6, 7) and from_auto_round))
-        if isinstance(layout, AwqGemvFastLayout) and settings.format == "llm-awq":
+        if isinstance(layout, layouts.AwqGemvFastLayout) and settings.format == "llm-awq":
             return replace(layout, zeros_name="scaled_zeros")
         return layout
 
@@ -234,14 +239,14 @@ def _obstacle(module: ModuleInfo, settings: Settings) -> str | None:
     return None
 
 
-def _format_of(stored: Mapping[str, Any], layout: AwqLayout) -> str | None:
+def _format_of(stored: Mapping[str, Any], layout: layouts.AwqLayout) -> str | None:
     """The format that the tensors themselves show, if they show one."""
     rows, columns = layout.shape
     dtype, shape = getattr(stored.get("qweight"), "dtype", None), getattr(stored.get("qweight"), "shape", ())
     scales = tuple(getattr(stored.get("scales"), "shape", ()))
     if dtype == "int16":
         return "llm-awq" if "scaled_zeros" in stored else "gemv_fast"
-    if dtype == "int32" and tuple(shape) == (columns, word_count(rows, layout.bits)) and scales[1:] == (rows,):
+    if dtype == "int32" and tuple(shape) == (columns, words.word_count(rows, layout.bits)) and scales[1:] == (rows,):
         return "gemm"
     if dtype == "int32" and tuple(shape) == (rows, columns // 8) and scales[:1] == (rows,):
         return "gemv"

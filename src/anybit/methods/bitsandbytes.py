@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
 from anybit.errors import ConfigError, InvalidOption, MissingTensor, NotRepresentable, ShapeMismatch
-from anybit.methods._bnb_4bit import (
-    BLOCKSIZE,
-    LIMIT_STATE,
-    NESTED_BLOCKSIZE,
-    QUANT_TYPES,
-    WEIGHT_DTYPES,
-    Bnb4BitLayout,
-    QuantState,
-)
-from anybit.methods._llm_int8 import LlmInt8Layout
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin, difference
-from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import DtypeOption, check_names, check_type
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
-from anybit.weight.layout import Layout, ModuleInfo, join_name
+
+if TYPE_CHECKING:
+    from anybit.methods import _bnb_4bit as bnb_4bit
+    from anybit.methods import _llm_int8 as llm_int8
+    from anybit.weight import layout as layouts
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    bnb_4bit, llm_int8 = LazyModule("anybit.methods._bnb_4bit"), LazyModule("anybit.methods._llm_int8")
+    layouts = LazyModule("anybit.weight.layout")
 
 STORAGE_DTYPES = ("float16", "float32", "int8", "uint8", "float64", "bfloat16")
 
@@ -123,6 +121,8 @@ class _BnbQuantizer(HfQuantizer):
 
     def why_not(self, module: ModuleInfo) -> str | None:
         """Why a dense module is not quantized, or None."""
+        from anybit.quantizers.matching import matching_pattern
+
         pattern = matching_pattern(module.name, self.modules_to_not_convert)
         if pattern is not None:
             return f"{pattern!r} is among the modules not to convert"
@@ -137,7 +137,9 @@ class _BnbQuantizer(HfQuantizer):
         if reason is not None:
             self.skip_reasons[module.name] = reason
             return None
-        return self.new_layout(replace(module, dtype=module.dtype if module.dtype in WEIGHT_DTYPES else "float32"))
+        return self.new_layout(
+            replace(module, dtype=module.dtype if module.dtype in bnb_4bit.WEIGHT_DTYPES else "float32")
+        )
 
     def new_layout(self, module: ModuleInfo) -> Layout:
         raise NotImplementedError
@@ -157,12 +159,12 @@ class Bnb4BitHfQuantizer(_BnbQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         super().validate_environment(*args, device_map=device_map, **kwargs)
         kind = self.quantization_config.bnb_4bit_quant_type
-        if kind not in QUANT_TYPES:
+        if kind not in bnb_4bit.QUANT_TYPES:
             raise InvalidOption(f"BitsAndBytesConfig: bnb_4bit_quant_type is {kind!r}; it must be 'nf4' or 'fp4'")
 
     def why_not(self, module: ModuleInfo) -> str | None:
-        if module.kind == "experts" and math.prod(module.shape[-2:]) % BLOCKSIZE:
-            return f"blocks of {BLOCKSIZE} would run from one expert {module.shape[-2:]} into the next"
+        if module.kind == "experts" and math.prod(module.shape[-2:]) % bnb_4bit.BLOCKSIZE:
+            return f"blocks of {bnb_4bit.BLOCKSIZE} would run from one expert {module.shape[-2:]} into the next"
         return super().why_not(module)
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
@@ -172,21 +174,21 @@ class Bnb4BitHfQuantizer(_BnbQuantizer):
         others = [name for name in stored if name != own and name.startswith(f"{own}." if own else "")]
         if not others:
             return None
-        start = join_name(own, "quant_state.bitsandbytes__")
-        states = [name for name in others if name in {start + kind for kind in QUANT_TYPES}]
+        start = layouts.join_name(own, "quant_state.bitsandbytes__")
+        states = [name for name in others if name in {start + kind for kind in bnb_4bit.QUANT_TYPES}]
         if len(states) != 1:
-            wanted = join_name(module.name, start + self.quantization_config.bnb_4bit_quant_type)
+            wanted = layouts.join_name(module.name, start + self.quantization_config.bnb_4bit_quant_type)
             raise MissingTensor(
                 f"tensor {wanted!r}, which tells how the 4-bit weight was quantized, is stored {len(states)} times, not once. "
                 f"There are {', '.join(stored[name].name for name in others)}"
             )
         info = stored[states[0]]
-        if info.nbytes > LIMIT_STATE or info.dtype != "uint8" or len(info.shape) != 1:
+        if info.nbytes > bnb_4bit.LIMIT_STATE or info.dtype != "uint8" or len(info.shape) != 1:
             raise ShapeMismatch(
                 f"tensor {info.name!r} in {info.file} is {info.dtype} {info.shape}, expected a short JSON text as uint8"
             )
         raw = peek(states[0]).numpy().tobytes()
-        state = QuantState.parse(raw, info.name)
+        state = bnb_4bit.QuantState.parse(raw, info.name)
         turned = state.shape != module.shape and state.shape == (*module.shape[:-2], module.shape[-1], module.shape[-2])
         if state.shape != module.shape and not turned:
             raise ShapeMismatch(
@@ -197,16 +199,16 @@ class Bnb4BitHfQuantizer(_BnbQuantizer):
             raise ShapeMismatch(
                 f"tensor {stored[own].name!r} in {stored[own].file} is {storage}; 4-bit codes are {', '.join(STORAGE_DTYPES)}"
             )
-        return Bnb4BitLayout(
+        return bnb_4bit.Bnb4BitLayout(
             module.shape, state.dtype, state.quant_type, state.blocksize, state.nested_blocksize, storage, own, turned,
             len(raw), verbatim=raw != state.to_bytes(),
         )  # fmt: skip
 
     def new_layout(self, module: ModuleInfo) -> Layout:
         config = self.quantization_config
-        layout = Bnb4BitLayout(
+        layout = bnb_4bit.Bnb4BitLayout(
             module.shape, module.dtype, config.bnb_4bit_quant_type,
-            nested_blocksize=NESTED_BLOCKSIZE if config.bnb_4bit_use_double_quant else None,
+            nested_blocksize=bnb_4bit.NESTED_BLOCKSIZE if config.bnb_4bit_use_double_quant else None,
             storage=str(config.bnb_4bit_quant_storage).removeprefix("torch."),
             own="" if module.kind == "experts" else "weight",
         )  # fmt: skip
@@ -234,9 +236,9 @@ class Bnb8BitHfQuantizer(_BnbQuantizer):
                 raise _contradiction(module, stored, name, "load_in_8bit", "4 bits")
         if not ({"SCB", "weight_format"} & set(stored) or ("weight" in stored and stored["weight"].dtype == "int8")):
             return None
-        return LlmInt8Layout(
+        return llm_int8.LlmInt8Layout(
             module.shape, module.dtype, self.quantization_config.llm_int8_threshold, "weight_format" in stored
         )
 
     def new_layout(self, module: ModuleInfo) -> Layout:
-        return LlmInt8Layout(module.shape, module.dtype, self.quantization_config.llm_int8_threshold)
+        return llm_int8.LlmInt8Layout(module.shape, module.dtype, self.quantization_config.llm_int8_threshold)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
 from anybit.errors import (
     ConfigError,
     NotRepresentable,
     ShapeMismatch,
 )
-from anybit.methods._gptq_evidence import index_kind, is_planar, resemblance, zero_convention
-from anybit.methods._gptq_layout import GptqLayout
 from anybit.methods._per_module import (
     Settings,
     check_dynamic,
@@ -26,12 +25,19 @@ from anybit.methods._per_module import (
     settings_of,
     stays_dense,
 )
-from anybit.methods._words import word_count
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_group_size, check_type, listed, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
-from anybit.weight.layout import Layout, ModuleInfo
+
+if TYPE_CHECKING:
+    from anybit.methods import _gptq_evidence as evidence
+    from anybit.methods import _gptq_layout as layouts
+    from anybit.methods import _words as words
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    evidence, layouts = LazyModule("anybit.methods._gptq_evidence"), LazyModule("anybit.methods._gptq_layout")
+    words = LazyModule("anybit.methods._words")
 
 # transformers takes 2, 3, 4 and 8; gptqmodel also writes 5, 6 and 7 (planar)
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -210,27 +216,27 @@ class GptqHfQuantizer(HfQuantizer):
         groups = -(-columns // group_size)
         floats = ("float16", "bfloat16", "float32")
         specs = {
-            "qweight": ("int32", (word_count(columns, settings.bits), rows)),
-            "qzeros": ("int32", (groups, word_count(rows, settings.bits))),
+            "qweight": ("int32", (words.word_count(columns, settings.bits), rows)),
+            "qzeros": ("int32", (groups, words.word_count(rows, settings.bits))),
             "scales": (
                 found if (found := getattr(stored.get("scales"), "dtype", "")) in floats else floats[0],
                 (groups, rows),
             ),
         }
-        check_stored(module, stored, settings, specs, resemblance(stored, rows, columns))
+        check_stored(module, stored, settings, specs, evidence.resemblance(stored, rows, columns))
         if "bias" in stored and bool(peek("bias").any()):
             raise ShapeMismatch(
                 f"tensor '{module.name}.bias' holds numbers, but the model's {module.class_name} has no bias"
             )
-        return GptqLayout(
+        return layouts.GptqLayout(
             module.shape,
             module.dtype,
             bits=settings.bits,
             group_size=group_size,
             scale_dtype=stored["scales"].dtype,
-            zeros=zero_convention(self.quantization_config, module, settings, peek),
-            planar=is_planar(settings),
-            index=index_kind(self.quantization_config, module, settings, stored, peek, group_size),
+            zeros=evidence.zero_convention(self.quantization_config, module, settings, peek),
+            planar=evidence.is_planar(settings),
+            index=evidence.index_kind(self.quantization_config, module, settings, stored, peek, group_size),
             symmetric=settings.symmetric,
             zero_bias=stored["bias"].dtype if "bias" in stored else None,
         )
@@ -258,13 +264,13 @@ class GptqHfQuantizer(HfQuantizer):
             self.skip_reasons[module.name] = reason or "the configuration's 'dynamic' leaves it dense"
             return None
         group_size = module.shape[1] if settings.group_size == -1 else settings.group_size
-        return GptqLayout(
+        return layouts.GptqLayout(
             module.shape,
             module.dtype,
             bits=settings.bits,
             group_size=group_size,
             zeros="v1" if settings.format == "gptq" else "v2",
-            planar=is_planar(settings),
+            planar=evidence.is_planar(settings),
             symmetric=settings.symmetric,
         )
 
