@@ -24,9 +24,7 @@ _NAMES = {
     "dequantize": "anybit.engine.dequantize",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
-    "explain": "anybit.engine.capabilities",
-    "methods": "anybit.engine.capabilities",
-    "kernels": "anybit.engine.capabilities",
+    "explain": "anybit.engine.explaining",
 }
 
 

@@ -19,7 +19,7 @@ All = Annotated[bool, typer.Option("--all", "-a", help="Every module by itself i
 
 def methods(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the quantization methods and the named schemes."""
-    from anybit.engine.capabilities import methods as known
+    from anybit.quantizers.summary import methods as known
     from anybit.quantizers.base import HfQuantizer
     from anybit.quantizers.registry import quantizer_class
 

@@ -20,7 +20,7 @@ FOR_DEVELOPERS = ("test", "dev")
 
 def facts() -> dict[str, Any]:
     """Everything `doctor` shows, as plain data."""
-    from anybit.engine.capabilities import kernels
+    from anybit.kernels import infos as kernels
 
     return {
         "versions": {

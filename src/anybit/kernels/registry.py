@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +27,19 @@ class Choice:
     @property
     def reason(self) -> str:
         return "; ".join(f"{name}: {why}" for name, why in self.refusals)
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One kernel; `unavailable` says why it does not run on this machine, None if it does."""
+
+    name: str
+    description: str
+    unavailable: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,3 +81,8 @@ def choose(weight: Weight, device: torch.device | str, only: str | None = None) 
         refusals.append((kernel.name, why))
     reasons = "\n".join(f"  {name}: {why}" for name, why in refusals)
     raise NoKernel(f"no kernel multiplies with this weight {tuple(weight.shape)} on {device}:\n{reasons}")
+
+
+def infos() -> list[KernelInfo]:
+    """Every kernel, the preferred ones first."""
+    return [KernelInfo(kernel.name, kernel.description, why_not) for kernel, why_not in available()]
