@@ -15,7 +15,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
-from anybit.methods._words import fitted, read_codes, require_finite, require_zeros, word_count, write_codes
+from anybit.methods._words import (
+    fitted,
+    packed_codes,
+    read_codes,
+    require_finite,
+    require_zeros,
+    unpacked_codes,
+    word_count,
+    write_codes,
+)
 from anybit.weight import packing
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codes, Grid, Values
@@ -77,14 +86,19 @@ class AwqGemmLayout(AwqLayout):
 
     interleaved: bool = True
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, columns = self.shape
         width = word_count(rows, self.bits)
-        words = self.take(tensors, "qweight", "int32", (columns, width))
-        zero_words = self.take(tensors, "qzeros", "int32", (self.groups, width))
-        scales = require_finite("scales", self.take(tensors, "scales", self.scale_dtype, (self.groups, rows)))
-        codes, zero = self._read(words, "qweight"), self._read(zero_words, "qzeros")
-        return self._weight(codes, scales.T.contiguous(), zero)
+        return {
+            "qweight": ("int32", (columns, width)),
+            "qzeros": ("int32", (self.groups, width)),
+            "scales": (self.scale_dtype, (self.groups, rows)),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+        found = {name: self.take(tensors, name, *spec) for name, spec in self.specs().items()}
+        codes, zero = self._read(found["qweight"], "qweight"), self._read(found["qzeros"], "qzeros")
+        return self._weight(codes, require_finite("scales", found["scales"]).T.contiguous(), zero)
 
     def encode(self, weight: Weight) -> dict[str, Tensor]:
         codes, scales, zero = self._parts(weight)
@@ -92,28 +106,35 @@ class AwqGemmLayout(AwqLayout):
 
     def _read(self, words: Tensor, name: str) -> Codes:
         """[n, out words] -> codes [out, n]."""
-        codes = read_codes(words, self.bits, self.shape[0], name).integers()
+        codes = unpacked_codes(read_codes(words, self.bits, self.shape[0], name))
         codes = codes.unflatten(-1, (-1, 8))[..., NIBBLE_OF].flatten(-2) if self.interleaved else codes
-        return Codes.of(codes.T, self.bits)
+        return packed_codes(codes.T, self.bits, codes.shape[0])
 
     def _write(self, codes: Codes) -> Tensor:
-        stored = codes.integers().T
+        stored = unpacked_codes(codes).T
         stored = stored.unflatten(-1, (-1, 8))[..., ORDER].flatten(-2) if self.interleaved else stored
-        return write_codes(Codes.of(stored, self.bits))
+        return write_codes(packed_codes(stored, self.bits, stored.shape[1]))
 
 
 @dataclass(frozen=True)
 class AwqGemvLayout(AwqLayout):
     """Codes of one output lie in natural order."""
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, columns = self.shape
-        words = self.take(tensors, "qweight", "int32", (rows, columns // 8))
-        zero_words = self.take(tensors, "qzeros", "int32", (rows, self.padded_groups // 8))
-        scales = require_finite("scales", self.take(tensors, "scales", self.scale_dtype, (rows, self.padded_groups)))
+        return {
+            "qweight": ("int32", (rows, columns // 8)),
+            "qzeros": ("int32", (rows, self.padded_groups // 8)),
+            "scales": (self.scale_dtype, (rows, self.padded_groups)),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+        found = {name: self.take(tensors, name, *spec) for name, spec in self.specs().items()}
+        scales = require_finite("scales", found["scales"])
         require_zeros("scales", scales[:, self.groups :])
-        zero = read_codes(zero_words, 4, self.groups, "qzeros")
-        return self._weight(read_codes(words, 4, columns, "qweight"), scales[:, : self.groups].contiguous(), zero)
+        codes = read_codes(found["qweight"], 4, self.shape[1], "qweight")
+        zero = read_codes(found["qzeros"], 4, self.groups, "qzeros")
+        return self._weight(codes, scales[:, : self.groups].contiguous(), zero)
 
     def encode(self, weight: Weight) -> dict[str, Tensor]:
         codes, scales, zero = self._parts(weight)
@@ -135,13 +156,17 @@ class AwqGemvFastLayout(AwqLayout):
 
     zeros_name: str = "qzeros"
 
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        rows, columns = self.shape
+        numbers = (self.scale_dtype, (self.padded_groups, rows))
+        return {"qweight": ("int16", (rows // 4, columns)), "scales": numbers, self.zeros_name: numbers}
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
         rows, columns = self.shape
-        words = self.take(tensors, "qweight", "int16", (rows // 4, columns))
-        shape, found = (self.padded_groups, rows), {}
-        for name in ("scales", self.zeros_name):
-            stored = require_finite(name, self.take(tensors, name, self.scale_dtype, shape))
-            require_zeros(name, stored[self.groups :])
+        found = {name: self.take(tensors, name, *spec) for name, spec in self.specs().items()}
+        words = found.pop("qweight")
+        for name, stored in found.items():
+            require_zeros(name, require_finite(name, stored)[self.groups :])
             found[name] = stored[: self.groups].T.contiguous()
         nibbles = packing.unpack(packing.words_to_rows(words), 4, 4 * columns)
         parts = nibbles.view(rows // 4, columns // 64, 4, 2, 4, 2, 4)  # output % 4, input // 32, b, c, a

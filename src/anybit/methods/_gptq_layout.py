@@ -50,18 +50,29 @@ class GptqLayout(Layout):
     def algorithm_options(self) -> dict[str, object]:
         return {"ranges": partial(ranges, bits=self.bits, symmetric=self.symmetric)}
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, columns = self.shape
-        words = self.take(tensors, "qweight", "int32", (word_count(columns, self.bits), rows))
-        zero_words = self.take(tensors, "qzeros", "int32", (self.groups, word_count(rows, self.bits)))
-        scales = self.take(tensors, "scales", self.scale_dtype, (self.groups, rows))
+        specs: dict[str, tuple[str, tuple[int, ...]]] = {
+            "qweight": ("int32", (word_count(columns, self.bits), rows)),
+            "qzeros": ("int32", (self.groups, word_count(rows, self.bits))),
+            "scales": (self.scale_dtype, (self.groups, rows)),
+        }
+        if self.index != "absent":
+            specs["g_idx"] = ("int32", (columns,))
         if self.zero_bias is not None:
-            require_zeros("bias", self.take(tensors, "bias", self.zero_bias, (rows,)))
-        codes = read_codes(words.T, self.bits, columns, "qweight", self.planar)
+            specs["bias"] = (self.zero_bias, (rows,))
+        return specs
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+        found = {name: self.take(tensors, name, *spec) for name, spec in self.specs().items()}
+        words, zero_words, scales = found["qweight"], found["qzeros"], found["scales"]
+        if self.zero_bias is not None:
+            require_zeros("bias", found["bias"])
+        codes = read_codes(words.T, self.bits, self.shape[1], "qweight", self.planar)
         zeros = self._read_zeros(zero_words)
         zero = Codes.of(zeros.T, self._zero_bits)
         scale = Values(require_finite("scales", scales).T.contiguous())
-        return self._weight(codes, scale, zero, self._read_index(tensors, words.device))
+        return self._weight(codes, scale, zero, self._read_index(found.get("g_idx")))
 
     def encode(self, weight: Weight) -> dict[str, Tensor]:
         grid = fitted(weight, self)
@@ -139,11 +150,10 @@ class GptqLayout(Layout):
         index = torch.arange(self.shape[1], dtype=torch.int32, device=device)
         return torch.zeros_like(index) if self.index == "unused" else index // self.group_size
 
-    def _read_index(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
+    def _read_index(self, index: Tensor | None) -> Tensor | None:
         """The groups of the columns, None where they are runs of `group_size`."""
-        if self.index == "absent":
+        if index is None:
             return None
-        index = self.take(tensors, "g_idx", "int32", (self.shape[1],))
         if self.index == "columns":
             if bool((index < 0).any() | (index >= self.groups).any()):
                 raise CorruptFile(
@@ -151,7 +161,7 @@ class GptqLayout(Layout):
                     f"{self.groups - 1}); the file is damaged or has another group_size"
                 )
             return index
-        if not torch.equal(index, self._known_index(device)):
+        if not torch.equal(index, self._known_index(index.device)):
             raise CorruptFile(
                 f"tensor 'g_idx' is not the plain index in groups of {self.group_size} that it was when planned"
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from anybit._lazy import torch
 from anybit.errors import CorruptFile, NotRepresentable
 from anybit.weight import packing
 from anybit.weight.nodes import Codes, Grid, Node
+from anybit.weight.weight import row_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,21 +30,49 @@ def read_codes(words: Tensor, bits: int, count: int, name: str, planar: bool = F
     """int32 words [rows, n] -> `count` codes a row. CorruptFile, naming the tensor, when unused bits are not zero."""
     stream = packing.words_to_rows(words)
     if planar and bits in PLANES:
-        return Codes.of(_join_planes(stream, bits), bits)
+        return packed_codes(stream, bits, count, lambda part: _join_planes(part, bits))
     used = packing.row_bytes(count, bits)
     spare = 8 * used - count * bits
     if bool(stream[:, used:].any()) or (spare and bool((stream[:, used - 1] >> (8 - spare)).any())):
         raise CorruptFile(
-            f"tensor {name!r} has bits set behind its last code ({count} codes of {bits} bits in {words.shape[-1]} words a row); "
-            "it was written for another shape or width"
+            f"tensor {name!r} has bits set behind its last code ({count} codes of {bits} bits in {words.shape[-1]} words a "
+            "row); it was written for another shape or width"
         )
     return Codes(stream[:, :used].contiguous(), bits, count)
 
 
 def write_codes(codes: Codes, planar: bool = False) -> Tensor:
     """Codes -> int32 words [rows, n], unused bits zero."""
-    stream = _cut_planes(codes) if planar and codes.bits in PLANES else codes.packed
+    if not planar or codes.bits not in PLANES:
+        return packing.rows_to_words(codes.packed, torch.int32)
+    stream = torch.empty(codes.shape[0], codes.columns * codes.bits // 8, dtype=torch.uint8, device=codes.packed.device)
+    for start, stop in _chunks(codes.packed, codes.columns):
+        part = packing.unpack(codes.packed[start:stop], codes.bits, codes.columns)
+        stream[start:stop] = _cut_planes(part, codes.bits)
     return packing.rows_to_words(stream, torch.int32)
+
+
+def packed_codes(
+    source: Tensor, bits: int, count: int, codes_of: Callable[[Tensor], Tensor] = lambda part: part
+) -> Codes:
+    """Rows of `source`, which `codes_of` makes codes of, packed a few rows at a time: a packed code takes 8 bytes on its way."""
+    packed = torch.empty(source.shape[0], packing.row_bytes(count, bits), dtype=torch.uint8, device=source.device)
+    for start, stop in _chunks(source, count):
+        packed[start:stop] = packing.pack(codes_of(source[start:stop]), bits)
+    return Codes(packed, bits, count)
+
+
+def unpacked_codes(codes: Codes) -> Tensor:
+    """uint8 [rows, columns], made a few rows at a time."""
+    numbers = torch.empty(codes.shape, dtype=torch.uint8, device=codes.packed.device)
+    for start, stop in _chunks(codes.packed, codes.columns):
+        numbers[start:stop] = packing.unpack(codes.packed[start:stop], codes.bits, codes.columns)
+    return numbers
+
+
+def _chunks(rows: Tensor, columns: int) -> list[tuple[int, int]]:
+    """Ranges of rows to treat at a time; all at once where nothing is allocated."""
+    return row_chunks(rows.shape[0], columns) if rows.device.type != "meta" else [(0, rows.shape[0])]
 
 
 def _join_planes(stream: Tensor, bits: int) -> Tensor:
@@ -56,9 +86,9 @@ def _join_planes(stream: Tensor, bits: int) -> Tensor:
     return codes.flatten(-2)
 
 
-def _cut_planes(codes: Codes) -> Tensor:
-    blocks, planes, offset = codes.integers().unflatten(-1, (-1, 32)), [], 0
-    for width in PLANES[codes.bits]:
+def _cut_planes(codes: Tensor, bits: int) -> Tensor:
+    blocks, planes, offset = codes.unflatten(-1, (-1, 32)), [], 0
+    for width in PLANES[bits]:
         planes.append(packing.pack(blocks >> offset, width))
         offset += width
     return torch.cat(planes, dim=-1).flatten(-2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
@@ -33,11 +33,9 @@ from anybit.quantizers.registry import register_quantization_config, register_qu
 if TYPE_CHECKING:
     from anybit.methods import _gptq_evidence as evidence
     from anybit.methods import _gptq_layout as layouts
-    from anybit.methods import _words as words
     from anybit.weight.layout import Layout, ModuleInfo
 else:  # needed for tensors, not to select the backend
     evidence, layouts = LazyModule("anybit.methods._gptq_evidence"), LazyModule("anybit.methods._gptq_layout")
-    words = LazyModule("anybit.methods._words")
 
 # transformers takes 2, 3, 4 and 8; gptqmodel also writes 5, 6 and 7 (planar)
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -210,36 +208,27 @@ class GptqHfQuantizer(HfQuantizer):
             )
         if not {"qweight", "qzeros", "scales"} & set(stored):
             return None
-        settings = self._settings(module)
-        rows, columns = module.shape
-        group_size = columns if settings.group_size == -1 else settings.group_size
-        groups = -(-columns // group_size)
-        floats = ("float16", "bfloat16", "float32")
-        specs = {
-            "qweight": ("int32", (words.word_count(columns, settings.bits), rows)),
-            "qzeros": ("int32", (groups, words.word_count(rows, settings.bits))),
-            "scales": (
-                found if (found := getattr(stored.get("scales"), "dtype", "")) in floats else floats[0],
-                (groups, rows),
-            ),
-        }
-        check_stored(module, stored, settings, specs, evidence.resemblance(stored, rows, columns))
+        settings, config = self._settings(module), self.quantization_config
+        columns = module.shape[1]
+        dtype = getattr(stored.get("scales"), "dtype", None)
+        layout = layouts.GptqLayout(
+            module.shape,
+            module.dtype,
+            bits=settings.bits,
+            group_size=columns if settings.group_size == -1 else settings.group_size,
+            scale_dtype=dtype if dtype in ("float16", "bfloat16", "float32") else "float16",
+            planar=evidence.is_planar(settings),
+            index="absent",
+            symmetric=settings.symmetric,
+            zero_bias=stored["bias"].dtype if "bias" in stored else None,
+        )
+        check_stored(module, stored, settings, layout.specs(), evidence.resemblance(stored, *module.shape))
         if "bias" in stored and bool(peek("bias").any()):
             raise ShapeMismatch(
                 f"tensor '{module.name}.bias' holds numbers, but the model's {module.class_name} has no bias"
             )
-        return layouts.GptqLayout(
-            module.shape,
-            module.dtype,
-            bits=settings.bits,
-            group_size=group_size,
-            scale_dtype=stored["scales"].dtype,
-            zeros=evidence.zero_convention(self.quantization_config, module, settings, peek),
-            planar=evidence.is_planar(settings),
-            index=evidence.index_kind(self.quantization_config, module, settings, stored, peek, group_size),
-            symmetric=settings.symmetric,
-            zero_bias=stored["bias"].dtype if "bias" in stored else None,
-        )
+        index = evidence.index_kind(config, module, settings, stored, peek, layout.group_size)
+        return replace(layout, index=index, zeros=evidence.zero_convention(config, module, settings, peek))
 
     def _settings(self, module: ModuleInfo) -> Settings:
         settings = settings_of(self.quantization_config, module.name)
