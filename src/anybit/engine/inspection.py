@@ -97,9 +97,14 @@ def inspect(
         if info.file not in files:
             files[info.file] = Path(info.file).stat().st_size
     return Inspection(
-        str(location), architecture or "unknown", config["quant_method"] if config else None, config, files, modules,
+        str(location), architecture or "unknown", _name_of(config), config, files, modules,
         sum(info.nbytes for info in tensors.values()), **details, problems=tuple(problems),
     )  # fmt: skip
+
+
+def _name_of(config: Mapping[str, Any] | None) -> str | None:
+    method = config.get("quant_method") if config is not None else None
+    return str(getattr(method, "value", method)) if method is not None else None
 
 
 def _details(location: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, tuple[str, float]], list[str]]:
