@@ -330,52 +330,7 @@ def test_asking_for_calibration_is_not_answered_with_rounding() -> None:
     assert not AwqQuantizer.requires_calibration
 
 
-# --- scaled activations -----------------------------------------------------------------------------------------------------
-
-
-def test_scales_of_an_activation_function_are_refused_not_forgotten(tmp_path: Path) -> None:
-    """AutoAWQ's falcon, gpt_neox, bloom and others divide the output of the MLP's activation by act.scales."""
-    config = transformers.FalconConfig(
-        vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, alibi=False, dtype="float16"
-    )
-    transformers.FalconForCausalLM(config).half().save_pretrained(tmp_path / "dense")
-    anybit.quantize(tmp_path / "dense", tmp_path / "made", AwqConfig(group_size=32))
-    AutoModelForCausalLM.from_pretrained(tmp_path / "made")
-    stored = load_file(tmp_path / "made" / "model.safetensors")
-    stored["transformer.h.0.mlp.act.scales"] = torch.full((256,), 2.0, dtype=torch.float16)
-    save_file(stored, tmp_path / "made" / "model.safetensors", {"format": "pt"})
-    for strict in (True, False):
-        with pytest.raises(
-            UnexpectedTensor, match=r"h\.0\.mlp\.act\.scales' divides the output of an activation function"
-        ):
-            anybit.load(tmp_path / "made", strict=strict)
-    quantizer = AwqQuantizer(AwqConfig())
-    assert quantizer.claims("model.layers.0.scales") is None
-    with pytest.raises(UnexpectedTensor):
-        quantizer.claims("transformer.h.0.mlp.gelu_impl.scales")
-
-
-# --- creating -------------------------------------------------------------------------------------------------------------
-
-
-def reason_for(config: AwqConfig, name: str = NAME, kind: str = "linear", shape: tuple[int, ...] = (64, 128)) -> str:
-    quantizer = AwqQuantizer(config, pre_quantized=False)
-    layout = quantizer.layout_for(ModuleInfo(name, kind, shape, "float32"))
-    return type(layout).__name__ if layout is not None else quantizer.skip_reasons[name]
-
-
-def test_which_layers_are_quantized() -> None:
-    assert reason_for(AwqConfig(group_size=32)) == "AwqGemmLayout"
-    assert reason_for(AwqConfig(group_size=-1, format="gemv")) == "AwqGemvLayout"
-    assert reason_for(AwqConfig(group_size=64, format="llm-awq")) == "AwqGemvFastLayout"
-    assert "outside the repeated blocks" in reason_for(AwqConfig(), "lm_head")
-    assert "router" in reason_for(AwqConfig(), "model.layers.0.mlp.gate")
-    assert "kind 'experts'" in reason_for(AwqConfig(), kind="experts", shape=(4, 64, 128))
-    assert "no whole number of groups of 96" in reason_for(AwqConfig(group_size=96))
-    assert "packs 8 outputs" in reason_for(AwqConfig(group_size=32), shape=(60, 128))
-    assert "packs 4 outputs and 64 inputs" in reason_for(AwqConfig(group_size=32, format="gemv_fast"), shape=(64, 96))
-    assert "groups of 16, 32, 64" in reason_for(AwqConfig(group_size=96, format="gemv"), shape=(64, 192))
-    assert "'dynamic' leaves it dense" in reason_for(AwqConfig(group_size=32, dynamic={"-:.*up_proj": {}}))
+# --- whole models -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +354,109 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(torch.arange(3, 27).view(2, 12)).logits.float()
     return found
+
+
+# --- scaled activations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(folder of AWQ with act.scales, folder of the dense model): columns behind the activation were multiplied by scales."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False, dtype="float32"
+    )
+    model, folder = transformers.FalconForCausalLM(config), tmp_path_factory.mktemp("falcon")
+    scales = {}
+    for number, block in enumerate(model.transformer.h):
+        scales[f"transformer.h.{number}.mlp.act.scales"] = torch.rand(256, dtype=torch.float16) + 0.5
+        block.mlp.dense_4h_to_h.weight.data *= scales[f"transformer.h.{number}.mlp.act.scales"].float()
+    model.save_pretrained(folder / "dense")
+    anybit.quantize(folder / "dense", folder / "awq", AwqConfig(group_size=32))
+    stored = load_file(folder / "awq" / "model.safetensors")
+    save_file({**stored, **scales}, folder / "awq" / "model.safetensors", {"format": "pt"})
+    return folder / "awq"
+
+
+def test_scales_behind_an_activation_function_are_applied(falcon: Path, tmp_path: Path) -> None:
+    """AutoAWQ's falcon, gpt_neox, bloom and others divide the output of the MLP's activation by act.scales."""
+    model = AutoModelForCausalLM.from_pretrained(falcon)
+    stored = load_file(falcon / "model.safetensors")
+    twin = transformers.FalconForCausalLM(model.config)
+    kept = {name: t for name, t in stored.items() if not name.endswith(("qweight", "qzeros", "scales"))}
+    twin.load_state_dict(kept, strict=False)
+    packed = [name for name, module in model.named_modules() if type(module).__name__.startswith("Quant")]
+    for name in packed:
+        twin.get_submodule(name).weight.data = model.get_submodule(name).dequantize(torch.float32)
+    plain = logits(twin)
+    for number, block in enumerate(twin.transformer.h):
+        block.mlp.dense_4h_to_h.weight.data /= stored[f"transformer.h.{number}.mlp.act.scales"].float()
+    wanted = logits(twin)
+    assert (plain - wanted).abs().max() > 0.01, "the scales matter"
+    assert (logits(model) - wanted).abs().max() < 1e-5
+    model.save_pretrained(tmp_path / "saved")
+    again = load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(again) == set(stored)
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+    model.dequantize()
+    assert (logits(model) - wanted).abs().max() < 1e-5
+    assert not any(name.endswith("scales") for name in model.state_dict())
+    anybit.dequantize(falcon, tmp_path / "dense")
+    dense = transformers.FalconForCausalLM.from_pretrained(tmp_path / "dense")
+    assert (logits(dense) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scales", "error", "words"),
+    [
+        (torch.ones(255), UnexpectedTensor, r"h\.0\.mlp\.act\.scales' divides 255 outputs .* has 0 layers"),
+        (torch.zeros(256), CorruptFile, r"h\.0\.mlp\.act\.scales' holds zero, NaN"),
+        (torch.full((256,), float("nan")), CorruptFile, r"h\.0\.mlp\.act\.scales' holds zero, NaN"),
+        (torch.ones(16, 16), CorruptFile, r"h\.0\.mlp\.act\.scales' is torch.float32 \(16, 16\)"),
+    ],
+    ids=["too few", "zero", "NaN", "a matrix"],
+)
+def test_wrong_scales_of_an_activation_function(
+    scales: Any, error: Any, words: str, falcon: Path, tmp_path: Path
+) -> None:
+    for file in falcon.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    stored = {**load_file(falcon / "model.safetensors"), "transformer.h.0.mlp.act.scales": scales}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=words):
+        anybit.load(tmp_path)
+
+
+def test_scales_of_an_activation_function_the_model_does_not_have(llama: Path, tmp_path: Path) -> None:
+    anybit.quantize(llama, tmp_path / "made", AwqConfig(group_size=32))
+    stored = load_file(tmp_path / "made" / "model.safetensors")
+    stored["model.layers.0.mlp.act.scales"] = torch.ones(128)
+    save_file(stored, tmp_path / "made" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnexpectedTensor, match=r"layers\.0\.mlp\.act\.scales' .* belongs to no weight"):
+        anybit.load(tmp_path / "made")
+
+
+# --- creating -------------------------------------------------------------------------------------------------------------
+
+
+def reason_for(config: AwqConfig, name: str = NAME, kind: str = "linear", shape: tuple[int, ...] = (64, 128)) -> str:
+    quantizer = AwqQuantizer(config, pre_quantized=False)
+    layout = quantizer.layout_for(ModuleInfo(name, kind, shape, "float32"))
+    return type(layout).__name__ if layout is not None else quantizer.skip_reasons[name]
+
+
+def test_which_layers_are_quantized() -> None:
+    assert reason_for(AwqConfig(group_size=32)) == "AwqGemmLayout"
+    assert reason_for(AwqConfig(group_size=-1, format="gemv")) == "AwqGemvLayout"
+    assert reason_for(AwqConfig(group_size=64, format="llm-awq")) == "AwqGemvFastLayout"
+    assert "outside the repeated blocks" in reason_for(AwqConfig(), "lm_head")
+    assert "router" in reason_for(AwqConfig(), "model.layers.0.mlp.gate")
+    assert "kind 'experts'" in reason_for(AwqConfig(), kind="experts", shape=(4, 64, 128))
+    assert "no whole number of groups of 96" in reason_for(AwqConfig(group_size=96))
+    assert "packs 8 outputs" in reason_for(AwqConfig(group_size=32), shape=(60, 128))
+    assert "packs 4 outputs and 64 inputs" in reason_for(AwqConfig(group_size=32, format="gemv_fast"), shape=(64, 96))
+    assert "groups of 16, 32, 64" in reason_for(AwqConfig(group_size=96, format="gemv"), shape=(64, 192))
+    assert "'dynamic' leaves it dense" in reason_for(AwqConfig(group_size=32, dynamic={"-:.*up_proj": {}}))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -63,7 +63,13 @@ def stored_of(case: str) -> dict[str, torch.Tensor]:
     return {name: TENSORS[f"{case}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
 
 
-def layout_of(stored: dict[str, torch.Tensor], shape: tuple[int, int], config: GPTQConfig, **module: Any) -> Any:
+def layout_of(
+    stored: dict[str, torch.Tensor],
+    shape: tuple[int, int],
+    config: GPTQConfig,
+    told: list[str] | None = None,
+    **module: Any,
+) -> Any:
     """What the quantizer makes of stored tensors, as the plan would ask it."""
     infos = {
         name: SimpleNamespace(
@@ -72,7 +78,11 @@ def layout_of(stored: dict[str, torch.Tensor], shape: tuple[int, int], config: G
         for name, tensor in stored.items()
     }
     info = ModuleInfo(**{"name": NAME, "kind": "linear", "shape": shape, "dtype": "float16", **module})
-    return GptqHfQuantizer(config).layout_of(info, infos, stored.__getitem__)
+    quantizer = GptqHfQuantizer(config)
+    layout = quantizer.layout_of(info, infos, stored.__getitem__)
+    if told is not None:
+        told += quantizer.decisions
+    return layout
 
 
 def packed(bits: int = 4, **options: Any) -> tuple[GptqLayout, dict[str, torch.Tensor]]:
@@ -172,8 +182,10 @@ def test_zero_points_of_auto_gptq_read_as_auto_gptq_reads_them(bits: int) -> Non
     zeros[1, 5] = zeros[2, 31] = 0
     _, stored = packed(bits)
     stored["qzeros"] = auto_gptq_words(zeros, bits)
-    found = layout_of(stored, (32, 96), GPTQConfig(bits, group_size=32, sym=False))
+    told: list[str] = []
+    found = layout_of(stored, (32, 96), GPTQConfig(bits, group_size=32, sym=False), told)
     assert found.zeros == "v1_unmasked"
+    assert "as AutoGPTQ computes them" in told[0]
     weight = found.decode(stored)
     fields = torch.stack([stored["qzeros"] >> place & top for place in range(0, 32, bits)], -1).flatten(1)
     assert torch.equal(weight.tree.zero.integers().T, fields + 1)  # stored + 1, never masked: up to 2**bits
@@ -270,8 +282,10 @@ def test_an_index_without_act_order_leaves_plain_groups(index: Any, kind: str) -
     layout, stored = packed(index="absent")
     if index is not None:
         stored["g_idx"] = index
-    found = layout_of(stored, (32, 96), GPTQConfig(4, group_size=32, meta=GPTQMODEL))
+    told: list[str] = []
+    found = layout_of(stored, (32, 96), GPTQConfig(4, group_size=32, meta=GPTQMODEL), told)
     assert found.index == kind
+    assert [what.partition(" ")[0] for what in told] == (["g_idx"] if kind == "unused" else [])
     weight = found.decode(stored)
     assert same(weight, layout.decode(stored))
     assert weight.tree.group_index is None

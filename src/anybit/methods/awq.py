@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
-from anybit.errors import InvalidOption, NotRepresentable, ShapeMismatch, UnexpectedTensor
+from anybit.errors import InvalidOption, NotRepresentable, ShapeMismatch
 from anybit.methods._per_module import (
     Settings,
     check_dynamic,
@@ -24,11 +24,13 @@ from anybit.quantizers.options import check_choice, check_group_size, check_name
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
+    from anybit.methods import _awq_activation as activation
     from anybit.methods import _awq_layout as layouts
     from anybit.methods import _words as words
     from anybit.weight.layout import Layout, ModuleInfo
 else:  # needed for tensors, not to select the backend
     layouts, words = LazyModule("anybit.methods._awq_layout"), LazyModule("anybit.methods._words")
+    activation = LazyModule("anybit.methods._awq_activation")
 
 
 class AwqFormat(str, Enum):
@@ -162,15 +164,9 @@ class AwqQuantizer(HfQuantizer):
         """As in transformers, given names are added to the default ones."""
         return HfQuantizer.get_modules_to_not_convert(model, skip_modules, keep_in_fp32_modules, add_default_skips)
 
-    def claims(self, tensor_name: str) -> str | None:
-        parts = ["", *tensor_name.split(".")]
-        if parts[-1] == "scales" and any(name in parts[-2] for name in ("act", "gelu")):
-            raise UnexpectedTensor(
-                f"tensor {tensor_name!r} divides the output of an activation function (AWQ's ScaledActivation), and the layer "
-                "behind it was quantized for that; anybit cannot apply it yet and will not leave it out. Quantize the "
-                "model again with a method that does not move scales, e.g. GPTQ"
-            )
-        return super().claims(tensor_name)
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        if self.pre_quantized:
+            self.attached, self.folds = activation.attach_scales(model, checkpoint, path_of)
 
     # --- reading ---
 

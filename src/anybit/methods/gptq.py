@@ -228,7 +228,14 @@ class GptqHfQuantizer(HfQuantizer):
                 f"tensor '{module.name}.bias' holds numbers, but the model's {module.class_name} has no bias"
             )
         index = evidence.index_kind(config, module, settings, stored, peek, layout.group_size)
-        return replace(layout, index=index, zeros=evidence.zero_convention(config, module, settings, peek))
+        zeros = evidence.zero_convention(config, module, settings, peek)
+        if index == "unused":
+            self.decide("g_idx is all zero and desc_act is false: groups are runs of columns", module.name)
+        if zeros == "v1_unmasked":
+            self.decide("zero points are read as AutoGPTQ computes them, stored + 1 up to 2**bits", module.name)
+        if layout.zero_bias is not None:
+            self.decide("a bias of zeros is stored for a layer that has none, and kept", module.name)
+        return replace(layout, index=index, zeros=zeros)
 
     def _settings(self, module: ModuleInfo) -> Settings:
         settings = settings_of(self.quantization_config, module.name)

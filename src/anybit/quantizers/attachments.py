@@ -39,7 +39,7 @@ def carry_over(source: Any, target: Any) -> None:
 
 
 def detach(model: Any, keys: Any) -> None:
-    """Remove every attached hook of a model, and the buffers called `keys` with the modules that held nothing else."""
+    """Remove every attached hook of a model, and the buffers called `keys` with the plain modules that held nothing else."""
     for module in model.modules():
         for name in _HOOKS[:2]:
             hooks = getattr(module, name)
@@ -53,7 +53,10 @@ def detach(model: Any, keys: Any) -> None:
         except AttributeError:  # it hung on a layer that is gone
             continue
         module._buffers.pop(own, None)
-        if not module._buffers and not module._parameters and not module._modules and path:
+        holds_nothing = not module._buffers and not module._parameters and not module._modules
+        if (
+            holds_nothing and path and type(module).__name__ == "Module"
+        ):  # the model's own, an activation function, stays
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules.pop(name, None)
 
