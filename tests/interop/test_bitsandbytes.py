@@ -4,10 +4,13 @@ Run it in an environment with bitsandbytes 0.50 and torch: python -m pytest -m i
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import anybit
 from anybit import algorithms
 from anybit.kernels.reference import multiply
 from anybit.methods._bnb_4bit import Bnb4BitLayout
@@ -181,3 +184,60 @@ def test_int8_products_have_its_bits(threshold, biased):
         theirs = bnb.matmul(x.clone(), state.CB, state=state, threshold=threshold, bias=bias)
         ours = multiply(LlmInt8Layout((out, width), name(dtype), threshold).decode(stored), x, bias)
         assert torch.equal(ours, theirs), (dtype, out, width, tokens, (ours.float() - theirs.float()).abs().max())
+
+
+# --- whole models, through transformers ------------------------------------------------------------------------------------
+
+MODELS = Path(__file__).parents[2] / "examples"
+OPTIONS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    "int8": {"load_in_8bit": True},
+    "skips": {"load_in_4bit": True, "llm_int8_skip_modules": ["k_proj", "c_fc", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """Conv1D layers, tied embeddings, biases."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=96, n_embd=128, n_layer=2, n_head=4, n_positions=32)
+    folder = tmp_path_factory.mktemp("gpt2")
+    transformers.GPT2LMHeadModel(config).to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+def without_repacking(model):
+    """Its first forward on a CPU with bfloat16 instructions rounds the scales; this is the other path."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def stored_in(folder):
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["tiny-llama", "gpt2"])
+def test_whole_models(name, options, gpt2, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = gpt2 if name == "gpt2" else MODELS / name
+    config = transformers.BitsAndBytesConfig(**OPTIONS[options])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    anybit.quantize(str(source), str(tmp_path / "ours"), anybit.BitsAndBytesConfig(**OPTIONS[options]))
+    assert_same(stored_in(tmp_path / "ours"), stored_in(tmp_path / "theirs"))
+    ours = anybit.load(tmp_path / "theirs").eval()
+    again = without_repacking(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours"))
+    ids = torch.arange(20)[None] * 3
+    with torch.no_grad():
+        wanted = without_repacking(theirs)(ids).logits.float()
+        assert torch.equal(again(ids).logits.float(), wanted)
+        # it rounds 4-bit weights to the model's dtype before it multiplies; we do not
+        assert (ours(ids).logits.float() - wanted).abs().max() <= 2.0**-6 * wanted.abs().max()
