@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,11 @@ SCHEMES = ("nf4", "int8", "gptq-4bit-g128", "awq-4bit-g128")
 # the bundled model was trained on windows of 256 positions, and its README's figures are measured on them
 CONTEXT = 256
 PROMPT = "The history of the city begins with"
+LEGEND = (
+    "bits: per weight of what is quantized, scales included. file: weights on disk. memory: weights after loading, still "
+    "packed. perplexity: lower is better; its change against the dense model. top-1: how often the most likely token is the "
+    "dense model's. KL: against the dense model, nats per token. tokens/s: reading text, 4 windows at a time."
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def demo(
         rows.append(_row(name, packed, target, found))
         if sample is None:
             sampling = {"do_sample": True, "temperature": 0.7}
-            sample = continue_text(packed, tokenizer, PROMPT, 60, sampling, seed=2, stream=False)
+            sample = continue_text(packed, tokenizer, PROMPT, 40, sampling, seed=2, stream=False)
     assert sample is not None
     seconds = time.perf_counter() - begin
     next_steps = [
@@ -99,17 +105,21 @@ def demo(
         "",
         _table(rows),
         "",
-        "bits: per weight of what is quantized, scales included. file: weights on disk. memory: weights",
-        "after loading, packed. perplexity: lower is better. top-1, KL: against the dense model, how often",
-        "both find the same token most likely, and nats per token. tokens/s: reading, 4 windows at a time.",
-        f"Measured now: {dense.protocol}.",
+        *_wrapped(LEGEND),
         "",
-        f"{SCHEMES[0]} writes ({sample.tokens} tokens, {number(sample.tokens_per_second, 0)} tokens/s):",
-        f"  {' '.join(sample.text.split())}",
+        *_wrapped(f"Measured in this run: {dense.protocol}."),
         "",
-        f"Done in {duration(seconds)}. The checkpoints are in {folder}; delete it when you are done. Try next:",
+        f"{SCHEMES[0]} writes ({sample.tokens} tokens, {number(sample.tokens_per_second, 1)} tokens/s):",
+        *_wrapped(" ".join(sample.text.split()), "  "),
+        "",
+        f"Done in {duration(seconds)}. The checkpoints stay in {folder}",
+        "until you delete it. Try next:",
         *(f"  {line}" for line in next_steps),
     )  # fmt: skip
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
 
 
 def _inputs(model: Path | None, text: Path | None) -> tuple[Path, Path]:

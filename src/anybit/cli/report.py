@@ -122,7 +122,7 @@ def size(count: float | None) -> str:
         if abs(value) < 999.5 or unit == "TB":
             break
         value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.3g} {unit}"
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:#.3g} {unit}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
