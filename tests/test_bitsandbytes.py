@@ -486,6 +486,15 @@ def test_outliers_are_multiplied_unquantized():
     assert multiply(weight, torch.zeros(0, 40), None).shape == (0, 5)
 
 
+def test_rows_beyond_float16_do_not_look_like_numbers():
+    x = torch.ones(2, 40)
+    x[0, 3] = 1e6
+    found = multiply(int8_weight(threshold=0.0), x, None)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+    assert multiply(int8_weight(), x, None).isfinite().all()  # an outlier, and not quantized
+
+
 def test_products_of_wide_rows_are_exact():
     codes, x = torch.full((2, 5000), -127, dtype=torch.int8), torch.full((1, 5000), 1.0)
     layout = LlmInt8Layout((2, 5000), "float32", 0.0)

@@ -80,7 +80,7 @@ def llm_int8(x: Tensor, weight: Weight, bias: Tensor | None, product: Any) -> Te
     columns = outliers.any(0).nonzero()[:, 0]
     halves = halves.masked_fill(outliers, 0)
     largest = halves.abs().amax(1).to(torch.float32)
-    codes = torch.round(halves * (127.0 / largest)[:, None]).masked_fill_((largest == 0)[:, None], 0)
+    codes = torch.round(halves * (127.0 / largest)[:, None]).nan_to_num_(0.0)  # a row of zeros, or one beyond float16
     codes[:, columns] = 0
     found = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     start = 0
