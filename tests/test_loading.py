@@ -300,3 +300,20 @@ def test_shards_stay_as_they_were_or_become_what_was_asked_for(tmp_path: Path) -
     model.save_pretrained(tmp_path / "one", max_shard_size="1GB")
     assert [path.name for path in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
     assert torch.equal(logits_of(anybit.load(tmp_path / "one")), logits_of(model))
+
+
+def test_a_new_head_is_initialised_only_when_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(anybit.errors.MissingTensor, match=r"'score\.weight'.*strict=False"):
+        anybit.AutoModelForSequenceClassification.from_pretrained(
+            TINY, quantization_config=GPTQConfig(bits=4, group_size=64)
+        )
+    model: Any = anybit.AutoModelForSequenceClassification.from_pretrained(
+        TINY, quantization_config=GPTQConfig(bits=4, group_size=64), strict=False, num_labels=3
+    )
+    assert model.score.weight.shape[0] == 3
+    assert 0 < model.score.weight.float().std() < 1
+    assert model.anybit_plan.missing == ["score.weight"]
+    assert any("score.weight" in note for note in model.anybit_plan.notes)
+    model.save_pretrained(tmp_path / "head")
+    again: Any = anybit.AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
+    assert torch.equal(again.score.weight, model.score.weight)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anybit._memory import give_back_free_memory
 from anybit.containers import Checkpoint
 from anybit.engine import devices, skeleton
 from anybit.engine.materialize import attach_packed, load_entry, load_plain, set_tensor, tie
@@ -21,6 +22,7 @@ from anybit.errors import InvalidOption, did_you_mean
 from anybit.modules import PackedWeight
 from anybit.quantizers.base import HfQuantizer
 
+TRIM_EVERY_BYTES = 32 << 20
 Progress = Callable[[str, int, int], None]  # (module, bytes done, bytes in all)
 
 
@@ -46,7 +48,7 @@ def load(
     `path`: a folder, a .safetensors file beside a config.json, or a hub id. `quantization_config` on a dense checkpoint
     quantizes while loading; on a quantized one only its loading attributes count. `device_map`: None, "auto" and the like,
     a device, or a dict of module path to device or "disk". `dequantize`: make every weight dense. `strict` False names
-    unexpected tensors in the plan instead of raising. `allow_pickle`: read .bin files through a restricted reader.
+    unexpected tensors in the plan instead of raising, and lets the model class initialise missing ones. `allow_pickle`: read .bin files through a restricted reader.
     Raises ConfigError, CheckpointError, NoKernel.
     """
     prepared = prepare(
@@ -62,7 +64,9 @@ def load(
         load_entry(model, entry, plan, checkpoint, target if target != "disk" else torch.device("cpu"))
         if target == "disk":
             offloader.move_out(model, entry.slot.module)
-        done += entry.bytes_stored
+        before, done = done, done + entry.bytes_stored
+        if done // TRIM_EVERY_BYTES > before // TRIM_EVERY_BYTES:
+            give_back_free_memory()
         if progress is not None:
             progress(entry.slot.module, done, total)
     for key in plan.plain:
@@ -188,6 +192,10 @@ def _finish(model: Any, plan: Plan, placement: devices.Placement) -> None:
             module._is_hf_initialized = True  # type: ignore[assignment]
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
+    for key in plan.missing:
+        shape, target = model.get_parameter_or_buffer(key).shape, placement.device_of(key)
+        empty = torch.empty(shape, dtype=plan.dtypes[key])
+        set_tensor(model, key, empty, "cpu" if target == "disk" else target)
     tie(model, plan)
     for name, module in model.named_modules():
         for own in module._non_persistent_buffers_set:

@@ -95,6 +95,7 @@ class Plan:
     plain_bytes: dict[str, int] = field(default_factory=dict)
     conversions: dict[str, Conversion] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -117,6 +118,16 @@ class Plan:
         """Share of the model's packable weights, experts and embeddings included, that are packed."""
         total = sum(entry.weights for entry in self.entries)
         return sum(entry.weights for entry in self.entries if entry.action != "dense") / max(total, 1)
+
+    def add_missing(self, key: str, strict: bool) -> None:
+        """A weight of the model that is not stored; raises MissingTensor if `strict`."""
+        if strict:
+            raise MissingTensor(
+                f"tensor {key!r} is not in {self.path}. Download or write the checkpoint again; if it is meant to be trained "
+                "from scratch (a new head, say), pass strict=False, and the model class initialises it"
+            )
+        self.missing.append(key)
+        self.notes.append(f"{key} is not stored; the model class initialised it")
 
     def dtype_in_memory(self, key: str, info: TensorInfo) -> torch.dtype:
         """Of a tensor that stays dense: 16- and 32-bit floats become the model's dtype, everything else stays."""
@@ -147,6 +158,7 @@ class Plan:
                 for entry in self.entries
             ],
             "ignored": self.ignored,
+            "missing": self.missing,
             "notes": self.notes,
         }
 
@@ -175,7 +187,7 @@ def build_plan(
         parts = _parts_of(slot, sorted_names, checkpoint)
         if not parts:
             if parameter not in tied:
-                _missing(parameter, checkpoint)
+                plan.add_missing(parameter, strict)
             continue
         if parameter in tied:
             twin = _parts_of(slots[tied[parameter]], sorted_names, checkpoint) if tied[parameter] in slots else []
@@ -205,9 +217,11 @@ def build_plan(
             plan.conversions[key] = conversion
     for key, infos in plan.plain.items():
         plan.plain_bytes[key] = math.prod(names.state[key].shape) * plan.dtype_in_memory(key, infos[0]).itemsize
-    missing = [key for key in names.state if key not in plan.plain and key not in slots and key not in tied]
-    if missing:
-        _missing(missing[0], checkpoint)
+    for key in names.state:
+        if key not in plan.plain and key not in slots and key not in tied:
+            plan.add_missing(key, strict)
+    for key in plan.missing:
+        plan.plain_bytes[key] = names.state[key].numel() * plan.dtypes[key].itemsize
     return plan
 
 
@@ -423,13 +437,6 @@ def _dense_reason(slot: Slot, quantizer: HfQuantizer | None) -> str:
     if quantizer.pre_quantized:
         return "stored dense"
     return quantizer.skip_reasons.get(slot.module, "left dense by the configuration")
-
-
-def _missing(parameter: str, checkpoint: Checkpoint) -> None:
-    raise MissingTensor(
-        f"tensor {parameter!r} is not in {checkpoint.path}{did_you_mean(parameter, checkpoint.tensors) or '.'} "
-        f"The model cannot be complete without it; download or write the checkpoint again"
-    )
 
 
 def _settle_rest(

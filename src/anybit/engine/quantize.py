@@ -19,7 +19,6 @@ from anybit.errors import ConfigError
 from anybit.quantizers.checkpoint_config import KEY, read_json
 from anybit.weight.layout import join_name
 
-
 Fold = Callable[[Tensor], Tensor]  # float32 -> float32 of one shape
 
 
