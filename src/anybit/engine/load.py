@@ -48,7 +48,8 @@ def load(
     `path`: a folder, a .safetensors file beside a config.json, or a hub id. `quantization_config` on a dense checkpoint
     quantizes while loading; on a quantized one only its loading attributes count. `device_map`: None, "auto" and the like,
     a device, or a dict of module path to device or "disk". `dequantize`: make every weight dense. `strict` False names
-    unexpected tensors in the plan instead of raising, and lets the model class initialise missing ones. `allow_pickle`: read .bin files through a restricted reader.
+    unexpected tensors in the plan instead of raising, and lets the model class initialise missing ones. `allow_pickle`: read
+    .bin files through a restricted reader.
     Raises ConfigError, CheckpointError, NoKernel.
     """
     prepared = prepare(
@@ -110,6 +111,7 @@ class Prepared:
     names: Names
     quantizer: HfQuantizer | None
     folder: Path
+    own_config: bool = True  # the model's configuration is the one in the folder
 
 
 def prepare(
@@ -133,7 +135,8 @@ def prepare(
     if quantizer is not None:
         quantizer.validate_environment(device_map=device_map, weights_only=True)
     checkpoint = Checkpoint.open(location, allow_pickle=allow_pickle)
-    config = config if config is not None else skeleton.read_config(folder)
+    own_config = config is None
+    config = skeleton.read_config(folder) if config is None else config
     wanted = _dtype(dtype, config, checkpoint)
     if quantizer is not None:
         wanted = quantizer.update_dtype(wanted)
@@ -145,7 +148,8 @@ def prepare(
         names.state = dict(model.state_dict())
         quantizer.begin(model, list(slots.values()))
     made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict)
-    return Prepared(model, made, checkpoint, names, quantizer, folder)
+    own_config = own_config and type(model).__name__ in (config.architectures or [])
+    return Prepared(model, made, checkpoint, names, quantizer, folder, own_config)
 
 
 def place(prepared: Prepared, device_map: Any, max_memory: Mapping[Any, Any] | None = None) -> devices.Placement:

@@ -42,10 +42,11 @@ _OPTIONS = (
 def bind(model: Any, prepared: Prepared) -> None:
     """Give a loaded model `save_pretrained` and `dequantize` of its own, and remember where it came from."""
     source = prepared.folder / "config.json"
+    known = prepared.own_config and source.is_file()
     model._anybit_source = {
         "folder": str(prepared.folder),
-        "config": read_json(source) if source.is_file() else None,
-        "config_bytes": source.read_bytes() if source.is_file() else None,
+        "config": read_json(source) if known else None,
+        "config_bytes": source.read_bytes() if known else None,
         "snapshot": _snapshot(model),
         "arrangement": Arrangement(
             {name: Path(info.file).name for name, info in prepared.checkpoint.tensors.items()},
@@ -133,6 +134,8 @@ def _config(model: Any) -> bytes | Mapping[str, Any]:
         content: bytes = source["config_bytes"]
         return content
     config = dict(source["config"]) if unchanged else dict(model.config.to_diff_dict())
+    if not unchanged:
+        config["architectures"] = [type(model).__name__]
     if unchanged:
         config.pop("torch_dtype", None)
         config["dtype"] = str(model.anybit_plan.dtype).removeprefix("torch.")
