@@ -17,30 +17,31 @@ from anybit.cli.schemes import chosen, schemes
 All = Annotated[bool, typer.Option("--all", "-a", help="Every module by itself instead of groups of equal ones.")]
 
 
-def methods(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as it stands in the README.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
     """List the quantization methods and the named schemes."""
+    from anybit.quantizers.summary import CAPABILITIES, markdown_table
     from anybit.quantizers.summary import methods as known
-    from anybit.quantizers.base import HfQuantizer
-    from anybit.quantizers.registry import quantizer_class
 
-    def creates(name: str) -> bool:
-        return quantizer_class(name).layout_for is not HfQuantizer.layout_for
-
+    if markdown:
+        print(markdown_table(), end="")
+        return
     found = known()
     named = schemes()
     data = {
-        "methods": [{**info.to_dict(), "creates": info.loads and creates(info.name)} for info in found],
+        "methods": [info.to_dict() for info in found],
         "schemes": {name: {"config": cls.__name__, "options": options} for name, (cls, options) in named.items()},
     }
     mark = {True: "yes", False: "-"}
     rows = [
         (
             info.name,
-            mark[info.loads],
-            mark[info.loads and creates(info.name)],
-            mark[info.calibration],
-            mark[info.trains],
-            info.config,
+            *(mark[getattr(info, capability)] for capability in CAPABILITIES),
+            str(info.checkpoints or "-"),
         )
         for info in found
     ]
@@ -49,10 +50,10 @@ def methods(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -
         by_config.setdefault(cls.__name__, []).append(name)
     Output(as_json, quiet).result(
         data,
-        table(["method", "loads", "creates", "needs data", "trains", "configuration"], rows),
+        table(["method", *CAPABILITIES, "seen on"], rows),
         "",
-        "loads: its checkpoints run packed. creates: `anybit quantize` can write it.",
-        "needs data: codes are fitted to calibration data. trains: LoRA trains on it.",
+        *(f"{name}: {meaning}." for name, meaning in CAPABILITIES.items()),
+        "Measured by the conformance suite on as many of the vendor's checkpoints.",
         "",
         table(
             ["schemes of", "names for --scheme"], [(config, ", ".join(names)) for config, names in by_config.items()]

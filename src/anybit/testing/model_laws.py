@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pytest
 import torch
 from safetensors import safe_open
 
+from anybit.errors import CalibrationNeeded
 from anybit.modules import PackedWeight
 from anybit.testing.goldens import Golden, prepared
 from anybit.testing.memory import enlarge, enlarged_checkpoint, peak_of_load
@@ -28,10 +30,15 @@ class ModelLaws:
 
     method: ClassVar[str]
     load_options: ClassVar[dict[str, Any]] = {}
+    creation_error: ClassVar[float] = (
+        0.25  # largest relative error of a weight; a method of two bits may allow itself more
+    )
 
     def logits_of_reference(self, golden: Golden) -> tuple[Tensor, float, dict[str, Any]]:
         """(vendor's logits, allowed difference, load options that give the same arithmetic). Hook for odd fixtures."""
         fixture, reference = golden.fixture, golden.reference
+        if "logits_w8a8" in reference:  # with inputs quantized; "logits" are those of plain ones
+            return reference["logits_w8a8"], fixture["w8a8_logits_atol"], {}
         for name, tolerance in (("logits_fp32", "logits_fp32_atol"), ("logits_dense", "logits_dense_atol")):
             if name in reference:
                 return reference[name], fixture[tolerance], {"dtype": torch.float32}
@@ -48,6 +55,40 @@ class ModelLaws:
             logits = model(golden.reference["input_ids"]).logits.float()
         error = (logits - wanted).abs().max().item()
         assert error <= tolerance, f"logits differ by {error:.4g}, allowed {tolerance:.4g}"
+
+    def test_creation_from_dense_weights(self, golden: Golden, tmp_path: Path) -> None:
+        """The golden's weights, made dense and quantized again with its own configuration, stay what they are, roughly.
+
+        Skipped where the method says that it needs calibration data, or that it leaves everything dense.
+        """
+        from anybit.engine.dequantize import dequantize
+        from anybit.engine.load import load
+        from anybit.engine.quantize import quantize
+        from anybit.quantizers import AutoHfQuantizer, AutoQuantizationConfig
+
+        config = AutoQuantizationConfig.from_pretrained(golden.checkpoint)
+        try:
+            AutoHfQuantizer.from_config(config, pre_quantized=False)
+            dequantize(golden.checkpoint, tmp_path / "dense", dtype="float32")
+            plan = quantize(tmp_path / "dense", tmp_path / "made", config)
+        except CalibrationNeeded as error:
+            pytest.skip(str(error))
+        made = [entry for entry in plan.entries if entry.action == "quantize"]
+        if not made:
+            pytest.skip(f"nothing is quantized: {sorted({entry.reason for entry in plan.entries})}")
+        model: Any = load(tmp_path / "made")
+        dense: Any = load(tmp_path / "dense")
+        for entry in made:
+            layer = model
+            for name in entry.slot.module.split("."):
+                layer = getattr(layer, name)
+            wanted = dense.state_dict()[entry.slot.parameter].float()
+            ours = layer.dequantize(torch.float32)
+            ours = ours.T if ours.shape != wanted.shape else ours
+            error = ((ours - wanted).norm() / wanted.norm()).item()
+            assert error < self.creation_error, f"{entry.slot.module}: relative error {error:.3f}"
+        with torch.no_grad():
+            assert torch.isfinite(model(golden.reference["input_ids"]).logits).all()
 
     # --- 11 ---
 
