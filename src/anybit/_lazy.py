@@ -3,6 +3,14 @@
 Selecting a backend (`from_config`, config classes, registries) must not load torch: 50 ms against two seconds. Files that
 are read on that path (`quantizers/`, `methods/`, `weight/`) write `from anybit._lazy import torch` and touch it inside
 functions only. Files that cannot do anything without torch (`kernels/`, `modules/`, `engine/`) import it plainly.
+
+The weight tree alone costs half of those 50 ms, so a method file defers it as well, with everything else that only tensors
+need (tests/test_import_cost.py measures it):
+
+    if TYPE_CHECKING:
+        from anybit.methods import _gptq_layout as layouts
+    else:
+        layouts = LazyModule("anybit.methods._gptq_layout")
 """
 
 from __future__ import annotations
