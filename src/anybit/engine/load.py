@@ -148,7 +148,7 @@ def prepare(
         names.state = dict(model.state_dict())
         quantizer.begin(model, list(slots.values()))
     made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict)
-    own_config = own_config and type(model).__name__ in (config.architectures or [])
+    own_config = own_config and type(model).__name__ in (config.architectures or [type(model).__name__])
     return Prepared(model, made, checkpoint, names, quantizer, folder, own_config)
 
 
