@@ -56,6 +56,22 @@ class ModelLaws:
         error = (logits - wanted).abs().max().item()
         assert error <= tolerance, f"logits differ by {error:.4g}, allowed {tolerance:.4g}"
 
+    def test_single_layers_give_the_vendors_outputs(self, golden: Golden) -> None:
+        """The sharp test where inputs are quantized: a whole model's logits are chaotic then."""
+        from anybit.engine.load import load
+
+        reference = golden.reference
+        inputs = {name.removeprefix("x."): tensor for name, tensor in reference.items() if name.startswith("x.")}
+        if not inputs:
+            pytest.skip("the reference holds no inputs and outputs of single layers")
+        model: Any = load(golden.checkpoint, **self.load_options)
+        for module, x in inputs.items():
+            wanted = next(reference[name + module] for name in ("y_w8a8.", "y.") if name + module in reference)
+            with torch.no_grad():
+                error = (model.get_submodule(module)(x).float() - wanted).abs().max().item()
+            limit = golden.fixture["layer_rtol"] * wanted.abs().max().item()
+            assert error <= limit, f"{module}: output differs by {error:.4g}, allowed {limit:.4g}"
+
     def test_creation_from_dense_weights(self, golden: Golden, tmp_path: Path) -> None:
         """The golden's weights, made dense and quantized again with its own configuration, stay what they are, roughly.
 
