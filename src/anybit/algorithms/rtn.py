@@ -40,18 +40,23 @@ def quantize(
     ranges: Rule | None = None,
     arithmetic: str = "float32",
     as_stored: bool = False,
+    zero_first: bool = False,
 ) -> Weight:
     """The nearest codes of `target`'s grid.
 
     `symmetric`: zero is the middle code (without `ranges`). `arithmetic`: dtype of ranges and quotients, each operation
     rounded. `as_stored`: codes are chosen for scale and zero point as they are stored, not as they were computed.
+    `zero_first`: a zero point is always added before rounding, which decides ties differently when it is odd.
     """
     grid = _checked(dense, target)
     rule = ranges or _spanning(grid, symmetric)
     dtype: torch.dtype = getattr(torch, arithmetic)
     if dense.dim() == 2:
-        return Weight(_matrix(dense, grid, rule, dtype, as_stored), target.dtype, target.activation)
-    experts = [_matrix(part, grid.select(number), rule, dtype, as_stored) for number, part in enumerate(dense)]  # type: ignore[arg-type]
+        return Weight(_matrix(dense, grid, rule, dtype, as_stored, zero_first), target.dtype, target.activation)
+    experts = [
+        _matrix(part, grid.select(number), rule, dtype, as_stored, zero_first)  # type: ignore[arg-type]
+        for number, part in enumerate(dense)
+    ]
     stacked = iter([torch.stack(own) for own in zip(*map(tensors_of, experts), strict=True)])
     return Weight(map_tensors(grid, lambda _: next(stacked)), target.dtype, target.activation)
 
@@ -84,7 +89,7 @@ def code_range(codes: Codes) -> tuple[int, int]:
 # --- one matrix ----------------------------------------------------------------------------------------------------------
 
 
-def _matrix(dense: Tensor, grid: Grid, rule: Rule, dtype: torch.dtype, as_stored: bool) -> Grid:
+def _matrix(dense: Tensor, grid: Grid, rule: Rule, dtype: torch.dtype, as_stored: bool, zero_first: bool) -> Grid:
     rows, columns = dense.shape
     codes = grid.codes
     assert isinstance(codes, Codes)
@@ -97,8 +102,8 @@ def _matrix(dense: Tensor, grid: Grid, rule: Rule, dtype: torch.dtype, as_stored
         found = Range(*(_as_read(parameters.get(name), dtype) for name in ("scale", "zero", "offset")))  # type: ignore[arg-type]
         found = replace(found, zero=None) if grid.zero is None else found
     first, last = code_range(codes)
-    # a whole zero point is added after rounding, as in every integer format; another one before
-    whole = found.zero is not None and bool((found.zero == found.zero.round()).all())
+    # a whole zero point is added after rounding, as in most integer formats; another one before
+    whole = not zero_first and found.zero is not None and bool((found.zero == found.zero.round()).all())
     packed = torch.empty(rows, packing.row_bytes(columns, codes.bits), dtype=torch.uint8, device=dense.device)
     for start, stop in row_chunks(rows, columns):
         block = torch.arange(start, stop, device=dense.device) // down

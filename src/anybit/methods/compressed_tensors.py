@@ -1,21 +1,28 @@
 """compressed-tensors. Groups of modules, each with a scheme for weights, inputs and outputs, and a storage format.
 
-Stored: weight, or weight_packed (int32 streams of integer codes; uint8 for FP4 and FP6) with weight_shape; weight_scale,
-weight_zero_point, weight_g_idx, weight_global_scale (a divisor), input_scale, input_global_scale; k_scale and v_scale of
-attention; compressed, bitmask, shape of the older sparse formats; bias. Files before 0.7 call their entry `compression_config`.
+What is stored: see `_compressed_layouts` (codes and scales), `_compressed_sparse` (bitmasks, Marlin 2:4, weights that were not
+compressed yet), `_compressed_runtime` (keys, values, outputs) and `_rotations`. Files before 0.7 call their entry
+`compression_config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import InvalidOption, did_you_mean
+from anybit.errors import InvalidOption, NotRepresentable, did_you_mean
+from anybit.methods._compressed_schemes import Arguments, Matcher, classes_of, complete, refuse_calibration
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin, difference
 from anybit.quantizers.options import check_flags, check_names, check_objects, check_type, listed
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods._compressed_evidence import Stored
+    from anybit.weight import Layout, ModuleInfo
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 PARTS = ("weights", "input_activations", "output_activations")
@@ -64,9 +71,30 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# presets whose scales need no data
+DATA_FREE = (
+    "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "W4A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP4",
+    "MXFP8A16", "MXFP8", "MXFP6A16",
+)  # fmt: skip
+
+
+class _KeepsFile(QuantizationConfigMixin):
+    """Remembers groups as a file has them, beside the options: completed ones say the same in other words."""
+
+    __slots__ = ("_file",)
+    _file: Mapping[str, Any]
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        found = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        config = found[0] if return_unused_kwargs else found
+        config._file = copy.deepcopy(cls.modernize(dict(config_dict)))
+        return found
+
+
 @register_quantization_config("compressed-tensors")
 @dataclass(eq=False, repr=False)
-class CompressedTensorsConfig(QuantizationConfigMixin):
+class CompressedTensorsConfig(_KeepsFile):
     """`config_groups` are completed with their defaults, so that every scheme names bits, type, strategy and the rest."""
 
     config_groups: dict[str, Any] | None = None
@@ -86,6 +114,10 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
 
     method: ClassVar[str] = "compressed-tensors"
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config", "compression_config")
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"ct-{preset.lower().replace('_', '-')}": {"config_groups": {preset: ["Linear"]}, "ignore": ["lm_head"]}
+        for preset in DATA_FREE
+    }
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize", "use_optimized_inference")
     optional: ClassVar[tuple[str, ...]] = ("sparsity_config", "transform_config", "version")
 
@@ -139,9 +171,17 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
 
     def own_dict(self) -> dict[str, Any]:
         own = super().own_dict()
-        if self.config_groups or self.kv_cache_scheme:
-            return {name: value for name, value in own.items() if name not in self.loading_attributes}
-        return {name: own[name] for name in ("quant_method", *self.optional) if name in own}
+        if not (self.config_groups or self.kv_cache_scheme):
+            return {name: own[name] for name in ("quant_method", *self.optional) if name in own}
+        file = getattr(self, "_file", {})
+        written = file.get("config_groups") or {}
+        for name, group in (self.config_groups or {}).items():
+            if name in written and completed_scheme(name, written[name]) == group:
+                own["config_groups"][name] = copy.deepcopy(written[name])
+        cache = file.get("kv_cache_scheme")
+        if cache is not None and completed_arguments("kv_cache_scheme", cache) == self.kv_cache_scheme:
+            own["kv_cache_scheme"] = copy.deepcopy(cache)
+        return {name: value for name, value in own.items() if name not in self.loading_attributes}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return difference(self, CompressedTensorsConfig())
@@ -214,8 +254,69 @@ def completed_arguments(where: str, given: Any) -> dict[str, Any]:
     return args
 
 
+# --- quantizer -----------------------------------------------------------------------------------------------------------
+
+
 @register_quantizer("compressed-tensors")
 class CompressedTensorsHfQuantizer(HfQuantizer):
-    """Layouts of compressed-tensors."""
+    """compressed-tensors' layouts. From a dense checkpoint, codes are rounded to nearest as its presets do without data."""
 
-    requires_calibration = True
+    layouts_available = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        config = self.quantization_config
+        self.matcher = Matcher(config.config_groups or {}, config.ignore or (), config.format)
+        if not pre_quantized:
+            refuse_calibration(config, self.matcher)
+
+    @functools.cached_property
+    def stored(self) -> Stored:
+        """What reads stored tensors."""
+        from anybit.methods._compressed_evidence import Stored
+
+        return Stored(self.quantization_config, self.matcher)
+
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        from anybit.methods._compressed_runtime import Runtime
+
+        config = self.quantization_config
+        cache = Arguments.of(config.kv_cache_scheme) if config.kv_cache_scheme is not None else None
+        runtime = Runtime(self.matcher, cache, config.transform_config)
+        runtime.attach(model, checkpoint, path_of)
+        self.attached, self.folds = runtime.keys, runtime.rotations.folds
+        self.rotations = runtime.rotations
+
+    rotations: Any = None
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        self.modules_to_not_convert, self.skip_reasons = list(self.quantization_config.ignore or ()), {}
+        if self.pre_quantized:
+            return
+        for slot in slots:
+            entry = self.matcher.ignored(slot.module, classes_of(slot.kind, slot.class_name))
+            if entry is not None:
+                self.skip_reasons[slot.module] = f"{entry!r} is in the configuration's 'ignore'"
+        complete(self.quantization_config, self.matcher)
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        layout = self.stored.layout(module, stored, peek)
+        stacked = (
+            module.kind == "linear"
+            and self.rotations is not None
+            and f"{module.name}.weight" not in self.rotations.folds
+        )
+        if stacked and self.rotations.acts_on(module.name, classes_of(module.kind, module.class_name)):
+            raise NotRepresentable(
+                f"{module.name}: the configuration rotates its input at run time, but the model's class keeps it in a stack of "
+                "experts; rotations of single experts are not supported"
+            )
+        return layout
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.should_convert(module):
+            return None
+        layout, reason = self.stored.layout_to_make(module)
+        if layout is None:
+            self.skip_reasons[module.name] = reason
+        return layout

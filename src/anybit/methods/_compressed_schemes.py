@@ -1,0 +1,225 @@
+"""Which scheme compressed-tensors gives a module, and what a scheme says. Patterns are compiled once per configuration.
+
+A target names a module exactly, or by a regular expression after "re:" that matches from the start of its name, or by the
+name of its class or of a base class. Exact names go before expressions, expressions before classes; among equals the target
+that sorts first wins. `ignore` uses the same rules and always wins.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anybit.errors import CalibrationNeeded
+from anybit.quantizers.matching import SafePattern, compiled
+
+# name of the levels: (type, bits), as the configuration has them
+LEVELS = {("float", 8): "e4m3", ("float", 6): "e2m3", ("float", 4): "e2m1"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Quantization of one tensor. `block`: rows and columns that share a scale, 0 for a whole axis.
+
+    `dynamic`: "no", "yes", or "local" (scales of groups found at run time under a stored scale of scales). `indexed`: columns
+    were reordered before they were grouped (actorder "group"), so that weight_g_idx must tell their groups.
+    """
+
+    bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str = "tensor"
+    block: tuple[int, int] = (0, 0)
+    dynamic: str = "no"
+    scale_dtype: str | None = None
+    indexed: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Arguments:
+        """From the completed dictionary of a configuration."""
+        strategy, size = given["strategy"], given.get("group_size")
+        block = {
+            "tensor": (0, 0),
+            "channel": (1, 0),
+            "token": (1, 0),
+            "attn_head": (1, 0),
+            "group": (1, size),
+            "tensor_group": (1, size),
+            "block": tuple(given.get("block_structure") or (0, 0)),
+        }[strategy]
+        dynamic = given["dynamic"]
+        scale_dtype = given.get("scale_dtype")
+        return cls(
+            given["num_bits"], given["type"], bool(given["symmetric"]), strategy, block,
+            "local" if str(getattr(dynamic, "value", dynamic)).lower() == "local" else "yes" if dynamic else "no",
+            str(scale_dtype).removeprefix("torch.") if scale_dtype is not None else None,
+            str(given.get("actorder")).lower() in ("group", "dynamic", "true"),
+        )  # fmt: skip
+
+    @property
+    def group_size(self) -> int:
+        return self.block[1]
+
+    @property
+    def levels(self) -> str | None:
+        """The table of values; None for integers."""
+        return LEVELS.get((self.type, self.bits)) if self.type == "float" else None
+
+    @property
+    def powers(self) -> bool:
+        """Whether scales are powers of two, chosen as OCP's MX formats do."""
+        return self.type == "float" and self.group_size == 32 and self.scale_dtype == "uint8"
+
+    def __str__(self) -> str:
+        what = f"{self.bits}-bit {self.type}"
+        return f"{'' if self.symmetric else 'asymmetric '}{what}, strategy {self.strategy}{self._where()}"
+
+    def _where(self) -> str:
+        return f" {self.block[0]} x {self.block[1]}" if all(self.block) else ""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One group of a configuration."""
+
+    name: str
+    weights: Arguments | None = None
+    inputs: Arguments | None = None
+    outputs: Arguments | None = None
+    format: str | None = None
+
+    @classmethod
+    def of(cls, name: str, group: Mapping[str, Any], default_format: str | None = None) -> Scheme:
+        """From a completed group."""
+
+        def part(own: str) -> Arguments | None:
+            return None if group.get(own) is None else Arguments.of(group[own])
+
+        inputs, outputs = part("input_activations"), part("output_activations")
+        return cls(name, part("weights"), inputs, outputs, group.get("format") or default_format)
+
+    @property
+    def stored_as(self) -> str:
+        """The storage format: the group's own, or what compressed-tensors infers from bits and types."""
+        if self.format not in (None, "mixed-precision", "fakequant", "dense"):
+            return str(self.format)
+        if self.weights is None:
+            return "dense"
+        kind, bits, group = self.weights.type, self.weights.bits, self.weights.group_size
+        if kind == "float" and group == 32 and (bits in (4, 6) or (bits == 8 and self.weights.scale_dtype == "uint8")):
+            return f"mxfp{bits}-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
+        if kind == "float" and bits == 4 and group == 16:
+            return "nvfp4-pack-quantized"
+        if kind == "int" and self.inputs is not None:
+            return "int-quantized"
+        if kind == "int" and bits <= 8:
+            return "pack-quantized"
+        return "float-quantized" if kind == "float" and self.inputs is not None else "naive-quantized"
+
+
+class Targets:
+    """A list of targets, compiled: which of them a module matches first."""
+
+    def __init__(self, targets: Iterable[str]):
+        named = sorted(set(targets))
+        self._exact = {target for target in named if not target.startswith("re:")}
+        self._patterns = [(target, compiled(target[3:])) for target in named if target.startswith("re:")]
+        self._any = _together([pattern for _, pattern in self._patterns])
+        self.find = functools.lru_cache(maxsize=1 << 17)(self._find)
+
+    def _find(self, name: str, classes: tuple[str, ...] = ()) -> str | None:
+        """The target that names the module, None if none does. `classes`: the module's class and its bases."""
+        if name in self._exact:
+            return name
+        if self._patterns and (self._any is None or self._any.match(name) is not None):
+            for target, pattern in self._patterns:
+                if pattern.starts(name):
+                    return target
+        return min((one for one in classes if one in self._exact), default=None)
+
+
+def _together(patterns: Sequence[SafePattern]) -> re.Pattern[str] | None:
+    """One expression that matches where any of `patterns` does, as a quick test; None where they cannot be joined."""
+    if not patterns or any(pattern._re is None or pattern._re.groups for pattern in patterns):
+        return None
+    try:
+        return re.compile("|".join(f"(?:{pattern.pattern})" for pattern in patterns))
+    except re.error:  # flags in the middle
+        return None
+
+
+class Matcher:
+    """Schemes by module."""
+
+    def __init__(
+        self, groups: Mapping[str, Mapping[str, Any]], ignore: Iterable[str], default_format: str | None = None
+    ):
+        self.schemes = {name: Scheme.of(name, group, default_format) for name, group in groups.items()}
+        self._owner = {target: name for name, group in groups.items() for target in group["targets"]}
+        self.targets = sorted(self._owner)
+        self._targets = Targets(self._owner)
+        self._ignored = Targets(ignore)
+
+    def ignored(self, name: str, classes: tuple[str, ...] = ()) -> str | None:
+        """The entry of `ignore` that names the module."""
+        return self._ignored.find(name, classes)
+
+    def scheme(self, name: str, classes: tuple[str, ...] = ()) -> Scheme | None:
+        """The scheme whose target names the module, whatever `ignore` says."""
+        target = self._targets.find(name, classes)
+        return None if target is None else self.schemes[self._owner[target]]
+
+
+def classes_of(kind: str, class_name: str) -> tuple[str, ...]:
+    """Class names by which a target may mean a weight of this kind."""
+    return (class_name, {"linear": "Linear", "embedding": "Embedding"}.get(kind, class_name), "Module")
+
+
+# --- creating ------------------------------------------------------------------------------------------------------------------
+
+# what we write is what this version of compressed-tensors reads: words without gaps
+WRITTEN_VERSION = "0.20.0"
+
+
+def refuse_calibration(config: Any, matcher: Matcher) -> None:
+    """CalibrationNeeded for static scales of inputs, outputs, keys and values: they are measured, not worked out."""
+    measured = [
+        f"config_groups[{scheme.name!r}].{part}"
+        for scheme in matcher.schemes.values()
+        for part, args in (("input_activations", scheme.inputs), ("output_activations", scheme.outputs))
+        if args is not None and args.dynamic != "yes"
+    ]
+    cache = config.kv_cache_scheme
+    if cache is not None and Arguments.of(cache).dynamic != "yes":
+        measured.append("kv_cache_scheme")
+    measured += [
+        f"config_groups[{name!r}].weights (actorder 'group')"
+        for name, scheme in matcher.schemes.items()
+        if scheme.weights is not None and scheme.weights.indexed
+    ]
+    if measured:
+        raise CalibrationNeeded(
+            f"{', '.join(measured)}: static scales and orders of columns are measured on data, and quantizing at load has none. "
+            "Set dynamic: true (the preset FP8_DYNAMIC instead of FP8, NVFP4A16 instead of NVFP4) and actorder: null, or load a "
+            "checkpoint that was calibrated"
+        )
+    unsupported = [name for name in ("sparsity_config", "transform_config") if getattr(config, name)]
+    if unsupported:
+        raise CalibrationNeeded(
+            f"{' and '.join(unsupported)} change the weight before it is quantized; quantizing at load only rounds. Leave "
+            "them out, or load a checkpoint that was made with them"
+        )
+
+
+def complete(config: Any, matcher: Matcher) -> None:
+    """Write into a configuration what a reader of the finished checkpoint needs to know."""
+    formats = {name: scheme.stored_as for name, scheme in matcher.schemes.items()}
+    for name, found in formats.items():
+        config.config_groups[name]["format"] = found
+    kinds = set(formats.values()) - {"dense"} or {"dense"}
+    config.format = kinds.pop() if len(kinds) == 1 else "mixed-precision"
+    config.quantization_status = "compressed"
+    config.version = WRITTEN_VERSION
