@@ -3,7 +3,6 @@
 Every row must give a typed error that names what is wrong, soon and before memory is spent, and leave the source untouched and
 nothing half-written behind.
 """
-# ruff: noqa: E501 - a row of the table is a line
 
 import json
 import os

@@ -22,6 +22,7 @@ _NAMES = {
     "plan": "anybit.engine.load",
     "quantize": "anybit.engine.quantize",
     "dequantize": "anybit.engine.dequantize",
+    "convert": "anybit.engine.convert",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
     "explain": "anybit.engine.explaining",

@@ -1,10 +1,12 @@
-"""Commands that write checkpoints: quantize, dequantize."""
+"""Commands that write checkpoints: quantize, dequantize, convert."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from anybit.cli.options import (
     ConfigFile,
@@ -20,9 +22,10 @@ from anybit.cli.options import (
     Shard,
     Source,
     Target,
+    complete_scheme,
 )
 from anybit.cli.progress import peak_memory
-from anybit.cli.report import Output, duration, pairs, percent, size
+from anybit.cli.report import Output, duration, pairs, percent, size, table
 from anybit.cli.schemes import chosen
 
 
@@ -98,6 +101,71 @@ def dequantize(
     _written(out, "dequantized", plan, output, time.perf_counter() - begin)
 
 
+def convert(
+    path: Source,
+    output: Target,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", help="A named scheme; `anybit methods` lists them.", metavar="NAME", autocompletion=complete_scheme
+        ),
+    ] = None,
+    method: Method = None,
+    set_: Setting = None,
+    config: ConfigFile = None,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="Choose codes anew where they cannot be kept; the error is stated."),
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    max_shard_size: Shard = "5GB",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized checkpoint in another method.
+
+    Codes are kept where the other method can hold them; each module is exact, rescaled or requantized, and says so.
+
+    anybit convert llama-awq -o llama-gptq --to gptq-4bit-g128
+    """
+    wanted = chosen(to, method, set_, config, required=True)
+    out = Output(as_json, quiet)
+    from anybit.engine.convert import convert as run
+
+    begin = time.perf_counter()
+    with out.progress("convert") as report:
+        done = run(
+            path,
+            output,
+            wanted,
+            allow_requantize=allow_requantize,
+            dtype=dtype,
+            device=main_device(device),
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=report,
+        )
+    seconds = time.perf_counter() - begin
+    worst = sorted((module for module in done.modules if module.error), key=lambda module: -module.error)[:8]
+    rows = [(module.name, module.kind, f"{module.error:.2e}", module.reason) for module in worst]
+    out.result(
+        {**done.to_dict(), "output": str(output), "seconds": seconds, "peak_memory_bytes": peak_memory()},
+        pairs(
+            [
+                ("written", output),
+                ("methods", f"{done.source} -> {done.target}"),
+                ("modules", ", ".join(f"{count} {kind}" for kind, count in done.counts.items())),
+                ("largest error", f"{done.largest_error:.2e}, of the weights of a module"),
+                ("took", f"{duration(seconds)}, peak memory {size(peak_memory())}"),
+            ]
+        ),
+        *(["", table(["module", "kind", "error", "why it is not exact"], rows)] if rows else []),
+    )
+
+
 def main_device(name: str) -> Any:
     """The one device to compute on."""
     from anybit.engine import devices
@@ -133,4 +201,4 @@ def _written(out: Output, done: str, plan: Any, output: Path, seconds: float) ->
     )
 
 
-COMMANDS = (quantize, dequantize)
+COMMANDS = (quantize, dequantize, convert)

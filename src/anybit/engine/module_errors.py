@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import CheckpointError, InvalidOption
-from anybit.modules import PackedWeight, QuantExperts
+from anybit.modules import PackedWeight, QuantExperts, TiedLinear
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,12 +80,17 @@ def _weight_noise(name: str, module: PackedWeight, reference: nn.Module) -> tupl
     weight = module.quantized_weight
     for expert in range(weight.shape[0]) if len(weight.shape) == 3 else [None]:
         own = (weight if expert is None else weight.select(expert)).to_dense(torch.float32)
-        expected = _dense(twin, expert, isinstance(module, QuantExperts) and module.transposed).to(own.device)
+        expected = _dense(twin, expert, isinstance(module, QuantExperts) and module.transposed)
+        if "meta" in (own.device.type, expected.device.type):
+            raise InvalidOption(
+                f"{name} is offloaded to disk; errors per module need the weights in memory (device_map)"
+            )
         if expected.shape != own.shape:
             raise InvalidOption(
                 f"{name} is {tuple(own.shape)} in the model and {tuple(expected.shape)} in the reference. "
                 "The reference must be the checkpoint the model was made from"
             )
+        expected = expected.to(own.device)
         signal += float(expected.square().sum(dtype=torch.float64))
         noise += float((own - expected).square().sum(dtype=torch.float64))
     return signal, noise
@@ -104,6 +109,7 @@ def _twin(reference: nn.Module, name: str) -> Any:
 
 def _dense(twin: Any, expert: int | None, transposed: bool) -> Tensor:
     """float32 [out, in] of a module or parameter of the reference."""
+    twin = twin.owner if isinstance(twin, TiedLinear) else twin
     if isinstance(twin, PackedWeight):
         weight = twin.quantized_weight
         return (weight if expert is None else weight.select(expert)).to_dense(torch.float32)

@@ -301,7 +301,7 @@ class _Builder:
         return self.packed(slot, parts) if packed else self.dense(slot, parts)
 
     def layout(self, slot: Slot, part: PlannedPart, parts: list[PlannedPart]) -> Layout | None:
-        info = _part_info(slot, part, parts, self.plan.dtype)
+        info = module_info(slot, part, parts, self.plan.dtype)
         if self.quantizer is not None and self.pre_quantized and part.conversion is None:
             layout = self.quantizer.layout_of(info, part.stored, _peeker(self.checkpoint, part.stored))
             if layout is not None:
@@ -348,7 +348,7 @@ class _Builder:
         return entry
 
 
-def _part_info(slot: Slot, part: PlannedPart, parts: list[PlannedPart], dtype: torch.dtype) -> ModuleInfo:
+def module_info(slot: Slot, part: PlannedPart, parts: list[PlannedPart], dtype: torch.dtype) -> ModuleInfo:
     """What a method is told of a stored unit: a part of fused experts is a linear of its own."""
     target = str(dtype).removeprefix("torch.")
     if part.index == WHOLE:

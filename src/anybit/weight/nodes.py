@@ -82,6 +82,21 @@ def _visit(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tuple(_visit(item, change) for item in value) if isinstance(value, tuple) else value
 
 
+def map_nodes(node: Node, change: Callable[[Node], Node | None]) -> Node:
+    """The same tree with every node for which `change` gives one replaced by it; others are searched further down."""
+    found = change(node)
+    if found is not None:
+        return found
+    below: dict[str, Any] = {}
+    for field in fields(node):
+        value = getattr(node, field.name)
+        if isinstance(value, Node):
+            below[field.name] = map_nodes(value, change)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Node):
+            below[field.name] = tuple(map_nodes(part, change) for part in value)
+    return replace(node, **below)
+
+
 def tensors_of(node: Node) -> list[Tensor]:
     """Every tensor of the tree, in field order."""
     found: list[Tensor] = []
