@@ -353,7 +353,7 @@ def module_info(slot: Slot, part: PlannedPart, parts: list[PlannedPart], dtype: 
     target = str(dtype).removeprefix("torch.")
     if part.index == WHOLE:
         name = part.prefix if slot.kind == "experts" else slot.module
-        return ModuleInfo(name, slot.kind, slot.shape, target, slot.has_bias, slot.class_name)
+        return ModuleInfo(name, slot.kind, slot.shape, target, slot.has_bias, slot.class_name, slot.transposed)
     *_, rows, columns = slot.shape
     positions = len({other.index[1] for other in parts})
     return ModuleInfo(part.prefix, "linear", (rows // positions, columns), target, slot.has_bias, "Linear")

@@ -32,7 +32,7 @@ class Slot:
     transposed: bool = False
 
     def info(self, dtype: str) -> ModuleInfo:
-        return ModuleInfo(self.module, self.kind, self.shape, dtype, self.has_bias, self.class_name)
+        return ModuleInfo(self.module, self.kind, self.shape, dtype, self.has_bias, self.class_name, self.transposed)
 
 
 def build(config: Any, auto_class: Any = None, **kwargs: Any) -> nn.Module:

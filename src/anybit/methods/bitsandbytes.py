@@ -152,6 +152,10 @@ def _contradiction(module: ModuleInfo, stored: Mapping[str, Any], name: str, say
     )
 
 
+def _held_turned(module: ModuleInfo) -> bool:
+    return module.kind == "experts" and module.transposed  # a Conv1D is turned before it is quantized
+
+
 @register_quantizer("bitsandbytes_4bit")
 class Bnb4BitHfQuantizer(_BnbQuantizer):
     """NF4 and FP4."""
@@ -189,8 +193,10 @@ class Bnb4BitHfQuantizer(_BnbQuantizer):
             )
         raw = peek(states[0]).numpy().tobytes()
         state = bnb_4bit.QuantState.parse(raw, info.name)
-        turned = state.shape != module.shape and state.shape == (*module.shape[:-2], module.shape[-1], module.shape[-2])
-        if state.shape != module.shape and not turned:
+        other = (*module.shape[:-2], module.shape[-1], module.shape[-2])
+        # bitsandbytes quantizes a stack as the model class holds it, which decides where both readings fit
+        turned = state.shape == other and (state.shape != module.shape or _held_turned(module))
+        if state.shape not in (module.shape, other):
             raise ShapeMismatch(
                 f"tensor {info.name!r} in {info.file} is of a weight {state.shape}, {module.name} is {module.shape}"
             )
@@ -210,7 +216,7 @@ class Bnb4BitHfQuantizer(_BnbQuantizer):
             module.shape, module.dtype, config.bnb_4bit_quant_type,
             nested_blocksize=bnb_4bit.NESTED_BLOCKSIZE if config.bnb_4bit_use_double_quant else None,
             storage=str(config.bnb_4bit_quant_storage).removeprefix("torch."),
-            own="" if module.kind == "experts" else "weight",
+            own="" if module.kind == "experts" else "weight", turned=_held_turned(module),
         )  # fmt: skip
         try:
             layout.scheme()

@@ -21,6 +21,7 @@ class ModuleInfo:
 
     kind: "linear", "conv1d" (GPT-2's [in, out] storage), "embedding" or "experts". `shape` is always logical: (out, in),
     (vocabulary, width) or (experts, out, in). `dtype`: of the dense weight, e.g. "bfloat16". `class_name`: of the module.
+    `transposed`: the model class holds, and a dense checkpoint stores, the last two axes the other way round.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ModuleInfo:
     dtype: str
     has_bias: bool = False
     class_name: str = "Linear"
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
