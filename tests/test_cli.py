@@ -122,7 +122,7 @@ class TestResults:
     def test_plan(self, cli, packed):
         code, out, _ = cli("plan", packed)
         assert code == 0
-        assert re.search(r"self_attn\.q_proj +Bnb4Bit +256x256 +4\.50 .*reference", out)
+        assert re.search(r"self_attn\.q_proj +Bnb4Bit +256x256 +4\.50 +\d+ kB +\w", out)
         assert re.search(r"in memory +6\.\d+ MB", out)
         single = cli("plan", packed, "--all")[1]
         assert "model.layers.5.self_attn.q_proj" in single
@@ -151,6 +151,16 @@ class TestResults:
         assert code == 0
         assert json.loads(out)["windows"] == 1
 
+    @pytest.mark.parametrize("command", ["methods", "--help", "inspect", "plan", "doctor"])
+    def test_tables_fit_80_columns(self, cli, packed, command):
+        """Lines that are no table may be longer: paths and reasons are kept whole where they can be copied."""
+        code, out, _ = cli(command, *([packed] if command in ("inspect", "plan") else []))
+        assert code == 0
+        assert "\x1b" not in out
+        lines = [line for line in out.splitlines() if not re.match(r"\[\d+\]|.*/", line)]
+        assert max(map(len, lines)) <= 80
+        assert not any(line.endswith(" ") for line in lines)
+
     def test_run(self, cli, packed):
         arguments = ("run", packed, "-p", "The city was", "-n", "8", "--greedy")
         code, out, err = cli(*arguments)
@@ -173,7 +183,7 @@ class TestResults:
     def test_methods(self, cli):
         code, out, _ = cli("methods")
         assert code == 0
-        assert re.search(r"gptq +yes +yes +- +yes +GPTQConfig", out)
+        assert re.search(r"^gptq +yes +yes", out, re.MULTILINE)
         data = json.loads(cli("methods", "--json")[1])
         assert {"gptq", "bitsandbytes_4bit"} <= {info["name"] for info in data["methods"]}
         assert data["schemes"]["nf4"]["options"]["bnb_4bit_quant_type"] == "nf4"
@@ -368,15 +378,11 @@ class TestProcess:
         assert done.returncode == 0
         assert "Usage: anybit" in done.stdout
 
-    def test_piped_output_is_plain_and_narrow(self):
-        for arguments in (["methods"], ["--help"], ["inspect", MODEL], ["doctor"]):
-            done = process(*arguments, env={**os.environ, "COLUMNS": ""})
-            assert done.returncode == 0, done.stderr
-            assert "\x1b" not in done.stdout
-            assert done.stdout.isascii()
-            tables = [line for line in done.stdout.splitlines() if "/" not in line]
-            assert max(map(len, tables)) <= 80, arguments
-            assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+    def test_piped_output_is_plain(self):
+        done = process("methods")
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout
+        assert done.stdout.isascii()
 
     def test_json_alone_is_on_stdout(self, tmp_path):
         done = process("quantize", MODEL, "-o", tmp_path / "q", "--scheme", "int8", "--json")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from anybit.engine.evaluate import Windows, evaluate, find_tokenizer, read_text, tokenize
+from anybit.engine.load import load
 from anybit.errors import CheckpointError, InvalidOption
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -37,6 +38,12 @@ def other(model):
             weight = layer.mlp.down_proj.weight
             weight += 0.02 * torch.randn(weight.shape, generator=generator)
     return noisy
+
+
+@pytest.fixture(scope="module")
+def packed():
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return load(MODEL, config, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +181,67 @@ class TestReference:
         )
         with pytest.raises(InvalidOption, match=r"vocabulary of 4096, the reference one of 5000"):
             evaluate(model, ids[:20], reference=LlamaForCausalLM(config), context=16)
+
+
+class TestModules:
+    """Errors per module against plain computations over hooks and dequantized weights."""
+
+    def test_weights_and_outputs(self, packed, model, ids):
+        found = evaluate(packed, ids[:300], reference=model, context=128, per_module=True)
+        assert len(found.modules) == 42
+        name = "model.layers.2.mlp.gate_proj"
+        module = next(module for module in found.modules if module.module == name)
+        dense = model.get_submodule(name).weight.detach()
+        approximate = packed.get_submodule(name).dequantize(torch.float32)
+        assert module.weight_error == pytest.approx(((approximate - dense).norm() / dense.norm()).item(), rel=1e-5)
+        assert module.snr_db == pytest.approx(-20 * math.log10(module.weight_error))
+        assert module.bits_per_weight == 4.5
+        inputs = []
+        handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: inputs.append(args[0][0]))
+        with torch.no_grad():
+            for start in range(0, 299, 127):
+                model(input_ids=ids[None, start : min(start + 128, 300)])
+        handle.remove()
+        x = torch.cat(inputs)
+        expected = (x @ (approximate - dense).T).norm() / (x @ dense.T).norm()
+        assert module.output_error == pytest.approx(expected.item(), rel=1e-4)
+        assert found.weight_error == pytest.approx(0.092, abs=0.001)  # the figure of the model's README
+        assert "output errors on the reference's activations in the first 3 windows" in found.protocol
+
+    def test_a_packed_model_against_itself(self, packed, ids):
+        found = evaluate(packed, ids[:60], reference=packed, context=32, per_module=True)
+        assert {(module.weight_error, module.output_error) for module in found.modules} == {(0.0, 0.0)}
+        assert {module.snr_db for module in found.modules} == {math.inf}
+        assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["modules"][0]["snr_db"] is None
+
+    def test_experts(self, tmp_path):
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
+        )  # fmt: skip
+        dense = Qwen3MoeForCausalLM(config).eval()
+        dense.save_pretrained(tmp_path)
+        packed = load(tmp_path, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+        ids = torch.randint(0, 64, (100,), generator=torch.Generator().manual_seed(1))
+        modules = {module.module: module for module in evaluate(packed, ids, reference=dense, per_module=True).modules}
+        for own in ("gate_up_proj", "down_proj"):
+            found = modules[f"model.layers.0.mlp.experts.{own}"]
+            stack = dense.get_parameter(found.module).detach()
+            approximate = packed.get_submodule(found.module).dequantize(torch.float32)
+            assert found.shape == tuple(stack.shape)
+            assert found.weight_error == pytest.approx(((approximate - stack).norm() / stack.norm()).item(), rel=1e-5)
+            assert 0.05 < found.output_error < 0.5
+
+    def test_another_architecture_is_refused(self, packed, ids):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        other = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=1))
+        with pytest.raises(InvalidOption, match=r"GPT2LMHeadModel\) has no 'model\.layers\.0\.self_attn\.q_proj'"):
+            evaluate(packed, ids[:40], reference=other, context=32, per_module=True)
+        assert all(not module._forward_hooks for module in other.modules())
 
 
 class TestBadInput:

@@ -27,7 +27,9 @@ class Commands(TyperGroup):
         found = super().get_command(ctx, cmd_name)
         if found is None and not ctx.resilient_parsing:
             names = self.list_commands(ctx)
-            raise UsageMistake(f"no command {cmd_name!r}{did_you_mean(cmd_name, names)} Commands: {', '.join(names)}")
+            raise UsageMistake(
+                f"no command {cmd_name!r}{did_you_mean(cmd_name, names) or '.'} Commands: {', '.join(names)}"
+            )
         return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import tempfile
 import textwrap
 import time
@@ -64,7 +66,7 @@ def demo(
     begin = time.perf_counter()
     folder = output or Path(tempfile.mkdtemp(prefix="anybit-demo-"))
     say = out.remark
-    say(f"{source}, measured on the first {tokens:,} tokens of {words.name}; about a minute on two cores")
+    say(f"{source}, measured on the first {tokens:,} tokens of {words.name}; half a minute on two idle cores")
 
     from anybit.cli.generating import continue_text
     from anybit.engine.evaluate import evaluate, find_tokenizer
@@ -90,12 +92,13 @@ def demo(
             sample = continue_text(packed, tokenizer, PROMPT, 40, sampling, seed=2, stream=False)
     assert sample is not None
     seconds = time.perf_counter() - begin
+    program = _program()
     next_steps = [
-        f'anybit run {folder / SCHEMES[0]} -p "{PROMPT}" --temperature 0.7',
-        f"anybit inspect {folder / SCHEMES[2]}",
-        f"anybit plan {folder / SCHEMES[1]}",
-        f"anybit eval {folder / SCHEMES[3]} --text {words} --reference {source} --context {context} --per-module",
-        "anybit quantize PATH -o FOLDER --scheme nf4        (anybit methods lists the schemes)",
+        f'{program} run {folder / SCHEMES[0]} -p "{PROMPT}" --temperature 0.7',
+        f"{program} inspect {folder / SCHEMES[2]}",
+        f"{program} plan {folder / SCHEMES[1]}",
+        f"{program} eval {folder / SCHEMES[3]} --reference {source} --text {words} --context {context} --per-module",
+        f"{program} quantize PATH -o FOLDER --scheme nf4    ({program} methods lists the schemes)",
     ]
     out.result(
         {
@@ -122,6 +125,19 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
 
 
+def _program() -> str:
+    """How to start this program again: its name, or its place where the name alone would not find it."""
+    started = Path(sys.argv[0])
+    if started.name != "anybit" or shutil.which("anybit") == str(started.absolute()):
+        return "anybit"
+    return str(_near(started.absolute()))
+
+
+def _near(path: Path) -> Path:
+    """The path from here, if it lies below the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def _inputs(model: Path | None, text: Path | None) -> tuple[Path, Path]:
     """The model and the text: given, or the source checkout's own."""
     examples = Path(__file__).resolve().parents[3] / "examples"
@@ -135,7 +151,7 @@ def _inputs(model: Path | None, text: Path | None) -> tuple[Path, Path]:
                 else f"{path} is not there: the demo's model and text come with the source code, not with the installed package. "
                 f"Run `make demo` in a checkout of the sources, or pass {option}"
             )
-    return source, words
+    return _near(source), _near(words)
 
 
 def _quantized(source: Path, target: Path, scheme: str, device: str, out: Output) -> Path:

@@ -86,7 +86,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
     from rich.text import Text
 
     lines = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    cells = [[column.lstrip(">") for column in columns], *lines]
+    natural = sum(max(map(len, column)) for column in zip(*cells)) + 2 * (len(columns) - 1)
+    gap = 2 if natural <= stdout().width else 1
+    made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for place, column in enumerate(columns):
         right = column.startswith(">")
         # names stay whole while they leave room for the rest of the line

@@ -69,7 +69,7 @@ def from_scheme(name: str, options: dict[str, Any] | None = None) -> Quantizatio
     """The configuration of a named scheme, some options changed."""
     known = schemes()
     if name not in known:
-        raise InvalidOption(f"no scheme {name!r}{did_you_mean(name, known)} Schemes: {', '.join(known)}")
+        raise InvalidOption(f"no scheme {name!r}{did_you_mean(name, known) or '.'} Schemes: {', '.join(known)}")
     cls, own = known[name]
     return _build(cls, {**own, **(options or {})})
 
@@ -108,7 +108,7 @@ def _from_file(file: Path, options: dict[str, Any]) -> QuantizationConfigMixin:
     inside = data.get("quantization_config", data)
     config = AutoQuantizationConfig.from_dict({**inside, **options} if isinstance(inside, dict) else inside)
     for name in config.extra_fields:
-        near = did_you_mean(name, config.own_dict())
+        near = did_you_mean(name, config.own_dict()) or "."
         warnings.warn(
             f"{file}: {type(config).__name__} has no option {name!r}{near} It is kept and changes nothing", stacklevel=2
         )
