@@ -310,11 +310,13 @@ class TestErrors:
         codes.show(OSError(errno.ENOSPC, "No space left on device", "/data/out"))
         assert "/data/out: No space left on device. Free some space" in capsys.readouterr().err
 
-    def test_every_exit_code_is_in_the_help(self, cli):
+    def test_every_exit_code_is_in_the_help_and_the_documents(self, cli):
         code, out, _ = cli("--help")
         assert code == 0
         for number, meaning in codes.EXIT_CODES.items():
             assert re.search(rf"^ +{number}  {re.escape(meaning)}$", out, re.MULTILINE)
+            documented = (EXAMPLES.parent / "docs" / "cli.md").read_text(encoding="utf-8").replace("`", "")
+            assert f"| {number} | {meaning}" in documented
 
 
 class TestSchemes:
