@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from anybit.containers import pickles, safetensors
+from anybit.containers import gguf, pickles, safetensors
 from anybit.containers.info import Contents, TensorInfo, shorten
 from anybit.containers.locating import PICKLE_SUFFIXES, Located, locate, unsafe_pickle
 from anybit.containers.rawfile import RawFile
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # A format of one file: how its header is read. Data of every format is read by RawFile.
 READERS: dict[str, Callable[[RawFile], Contents]] = {
     ".safetensors": safetensors.read,
+    ".gguf": gguf.read,
     **dict.fromkeys(PICKLE_SUFFIXES, pickles.read),
 }
 MAX_OPEN_FILES = 64
@@ -28,8 +29,9 @@ MAX_OPEN_FILES = 64
 class Checkpoint:
     """Tensors by name. `metadata`: of all files, the first file to say something wins; `file_metadata` has each file's own.
 
-    `values`: what a pickle holds beside tensors, by dotted name. Files are opened when first read from and stay open until
-    `release` or the end of a `with` block; after that they are opened again when needed. Reading is safe from threads.
+    `values`: what is stored beside tensors and is not text (pickles, GGUF), by dotted name. Files are opened when first read
+    from and stay open until `release` or the end of a `with` block; after that they are opened again when needed. Reading is
+    safe from threads.
     """
 
     def __init__(self, path: Path, located: Located, contents: Mapping[Path, Contents], files: Mapping[Path, RawFile]):
@@ -47,7 +49,7 @@ class Checkpoint:
                     )
                 tensors[info.name] = info
             self.metadata = {**part.metadata, **self.metadata}
-            self.values.update(part.values)
+            self.values = {**part.values, **self.values}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._files = {str(file): raw for file, raw in files.items()}
         _check_index(located, tensors)
@@ -64,7 +66,7 @@ class Checkpoint:
         files: dict[Path, RawFile] = {}
         contents: dict[Path, Contents] = {}
         for file in located.files:
-            reader = READERS.get(file.suffix)
+            reader = READERS.get(file.suffix.lower())
             if reader is None:
                 raise CheckpointError(
                     f"{file} is of no known kind; a checkpoint is a folder, an index (*.index.json) or a file ending in "

@@ -13,7 +13,11 @@ MAX_DIMENSIONS = 64  # torch's own limit for most operators
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor. `dtype` is torch's name, `shape` is in units of it, `offset` counts from the start of the file."""
+    """One stored tensor. `dtype` is torch's name, `shape` is in units of it, `offset` counts from the start of the file.
+
+    `encoding`: what the bytes are, where torch has no dtype for it (GGUF's block types). `byte_order`: of a run of bytes that
+    repeats, where each lies in the file; () as they are.
+    """
 
     name: str
     dtype: str
@@ -22,11 +26,13 @@ class TensorInfo:
     file: str
     offset: int = 0
     stride: tuple[int, ...] | None = None  # None: contiguous; only pickles store anything else
+    encoding: str = ""
+    byte_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything one file says of itself. `values`: what a pickle holds beside tensors, by dotted name."""
+    """Everything one file says of itself. `values`: what it holds beside tensors and is not text, by dotted name."""
 
     tensors: Sequence[TensorInfo]  # in the order their data lies in the file
     metadata: dict[str, str] = field(default_factory=dict)

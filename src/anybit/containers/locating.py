@@ -20,6 +20,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # torch.save files that training leaves beside the weights
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)$")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.[a-z]+$")
+# formats without an index, whose parts find each other by their names: any of them means all of them
+SPLIT_BY_NAME = (".gguf",)
+MAX_PARTS = 4096
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,25 @@ def locate(path: Path, allow_pickle: bool) -> Located:
         return _in_folder(path, allow_pickle)
     if path.name.endswith(".index.json"):
         return read_index(path)
-    return Located([path])
+    return Located(_parts(path) if path.suffix.lower() in SPLIT_BY_NAME else [path])
+
+
+def _parts(file: Path) -> list[Path]:
+    """All parts of the model that `file` is a part of, by their names; just the file if it is whole."""
+    named = SHARD.match(file.name)
+    if named is None:
+        return [file]
+    total, digits = int(named["total"]), slice(named.start("number"), named.end("number"))
+    if not 0 < int(named["number"]) <= total <= MAX_PARTS:
+        raise CorruptFile(f"{file} is named as part {int(named['number'])} of {total}, which cannot be")
+    names = [f"{file.name[: digits.start]}{number:05d}{file.name[digits.stop :]}" for number in range(1, total + 1)]
+    files = [file if name == file.name else inside(file.parent, name, str(file)) for name in names]
+    absent = [part.name for part in files if not os.path.lexists(part)]
+    if absent:
+        raise MissingTensor(
+            f"{file} is one of {total} parts, and {len(absent)} are missing: {', '.join(absent[:10])}. Download them"
+        )
+    return files
 
 
 def _in_folder(folder: Path, allow_pickle: bool) -> Located:
@@ -56,6 +77,8 @@ def _in_folder(folder: Path, allow_pickle: bool) -> Located:
     if pickles and not allow_pickle:
         raise unsafe_pickle(folder / pickles[0])
     found = _choose(folder, pickles, "pytorch_model", ".bin", names)
+    for suffix in SPLIT_BY_NAME:
+        found = found or _choose(folder, [name for name in names if name.endswith(suffix)], "model", suffix, names)
     if found is not None:
         return found
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"

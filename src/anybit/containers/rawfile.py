@@ -123,11 +123,12 @@ class RawFile:
         stride = info.stride or _row_major(info.shape)
         count = 1 + sum((side - 1) * step for side, step in zip(info.shape, stride))
         size = count * dtype.itemsize
-        flat = None if copy or info.offset % dtype.itemsize else self._view(info.offset, count, dtype)
+        in_place = not copy and info.offset % dtype.itemsize == 0 and not info.byte_order
+        flat = self._view(info.offset, count, dtype) if in_place else None
         if flat is None:
             raw = torch.empty(size, dtype=torch.uint8)
             self._fill(raw.numpy().data, info.offset)
-            flat = raw.view(dtype)
+            flat = _ordered(raw, info.byte_order).view(dtype)
         if dtype == torch.bool and bool((flat.view(torch.uint8) > 1).any()):
             raise CorruptFile(f"tensor {info.name!r} in {info.file} is bool, but has bytes other than 0 and 1")
         if info.stride is None:
@@ -145,6 +146,16 @@ class RawFile:
                 except (OSError, ValueError, OverflowError):
                     return None
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
+
+
+def _ordered(raw: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Bytes of a file of the other byte order, put right run by run; in place, a few megabytes at a time."""
+    if not order:
+        return raw
+    runs, index = raw.view(-1, len(order)), torch.tensor(order)
+    for part in runs.split(max((4 << 20) // len(order), 1)):
+        part.copy_(part[:, index])
+    return raw
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
