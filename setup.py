@@ -1,0 +1,116 @@
+"""Builds the optional native CPU kernels. Everything else about the package is in pyproject.toml.
+
+The kernels are one plain shared library behind a C ABI: no Python headers, no libtorch, so one build serves every Python.
+A machine without a C++ compiler, or with one too old for some instructions, installs and works; it multiplies more slowly.
+`anybit doctor` says what is missing. ANYBIT_SKIP_NATIVE=1 skips the build.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("src/anybit/kernels/cpu/csrc")
+UNIX_FLAGS = ["-O3", "-std=c++17", "-fno-rtti", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+MSVC_FLAGS = ["/O2", "/std:c++17", "/fp:precise"]
+# Gcc warns about its own AVX-512 headers, and about a vector type that no interface of ours passes.
+QUIET = ["-Wno-uninitialized", "-Wno-psabi"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# variant -> its flags; each is one file, and left out if the compiler cannot build it
+VARIANTS = {"avx2": AVX2, "avx512": AVX512}
+
+
+def _is_x86() -> bool:
+    """Whether the code that is built is x86-64 (a universal macOS build is not only that)."""
+    architectures = os.environ.get("ARCHFLAGS", "").split()
+    if "arm64" in architectures:
+        return False
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+class OptionalNative(build_ext):
+    """Builds what the compiler at hand can build, and never fails the install."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+        return os.path.join(*fullname.split(".")) + suffix
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # the functions say themselves that they are exported; there is no PyInit
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        if os.environ.get("ANYBIT_SKIP_NATIVE") == "1":
+            self.warn("anybit: native CPU kernels skipped (ANYBIT_SKIP_NATIVE=1)")
+            return
+        try:
+            self._build(target)
+        except Exception as error:  # whatever a missing or broken compiler does
+            self.warn(f"anybit: native CPU kernels are not built ({error}); everything works, more slowly")
+
+    def _build(self, target: Path) -> None:
+        unix = self.compiler.compiler_type == "unix"
+        common = [*UNIX_FLAGS, *QUIET] if unix else MSVC_FLAGS
+        folder = Path(self.build_temp) / "anybit_cpu"
+        objects, found = [], []
+        if unix and _is_x86():
+            for name, flags in VARIANTS.items():
+                try:
+                    objects += self._compile(folder, [f"grid_{name}.cpp"], [*common, *flags])
+                    found.append(name)
+                except Exception as error:
+                    self.warn(f"anybit: no {name} kernels, the compiler cannot build them ({error})")
+        macros = [(f"ANYBIT_WITH_{name.upper()}", "1") for name in found]
+        objects += self._compile(folder, ["grid_scalar.cpp", "driver.cpp", "threads.cpp"], common, macros)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # linked beside the target and moved over it: a process that has the old library loaded keeps it
+        with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+            fresh = Path(beside) / target.name
+            libraries = ["pthread"] if sys.platform.startswith("linux") else []
+            self.compiler.link_shared_object(objects, str(fresh), libraries=libraries, target_lang="c++")
+            os.replace(fresh, target)
+
+    def _compile(
+        self, folder: Path, names: list[str], flags: list[str], macros: list[tuple[str, str]] | None = None
+    ) -> list[str]:
+        found: list[str] = self.compiler.compile(
+            [str(SOURCES / name) for name in names],
+            output_dir=str(folder),
+            macros=macros or [],
+            include_dirs=[str(SOURCES)],
+            extra_postargs=flags,
+            depends=[str(path) for path in SOURCES.glob("*")],
+        )
+        return found
+
+
+def commands() -> dict[str, type]:
+    """The build step, and wheels that say they fit every Python 3 of the platform."""
+    found: dict[str, type] = {"build_ext": OptionalNative}
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:  # setuptools before 70.1
+        return found
+
+    class PlatformWheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return ("py3", "none", super().get_tag()[2])
+
+    return {**found, "bdist_wheel": PlatformWheel}
+
+
+native = Extension(
+    "anybit.kernels.cpu.libanybit_cpu",
+    sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+    depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+    optional=True,
+)
+setup(ext_modules=[native], cmdclass=commands())

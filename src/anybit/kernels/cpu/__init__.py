@@ -1,0 +1,308 @@
+"""Native CPU kernels: grids of 1- to 8-bit codes, multiplied from their packed bytes (csrc/, called through ctypes).
+
+Accuracy: weights and sums in float32 whatever the input's dtype. From PREFILL rows on, blocks of weight rows are decoded into
+a small tile and multiplied by torch: a bfloat16 tile for a bfloat16 input, else float32. The dense weight never exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.base import Kernel
+from anybit.kernels.cpu import native
+from anybit.kernels.cpu.trees import Refused, Workspace, program_of, restored
+from anybit.weight import Weight
+from anybit.weight.activation import RULES
+
+PREFILL = 32  # rows of x from which decoding a tile costs less than decoding in every product
+_TILE = 1 << 20  # weights of a tile
+
+
+class CpuGrid(Kernel):
+    """Grids of integer codes, of 16-entry tables and of 8-bit floats, straight from the packed bytes."""
+
+    name = "cpu"
+    rank = 50
+    description = (
+        "native code for grids of 1- to 8-bit codes: integers, 16-entry tables, FP8, bytes with any activation rule"
+    )
+
+    def unavailable(self) -> str | None:
+        return native.why_not()
+
+    def refuses(self, weight: Weight, device: torch.device) -> str | None:
+        if device.type not in ("cpu", "meta"):
+            return f"runs on the CPU, not on {device.type}"
+        if weight.activation is not None and weight.activation.rule not in RULES:
+            return f"activation rule {weight.activation.rule!r} is not registered"
+        scheme = weight.map(_on_meta)
+        try:
+            program_of(scheme.tree, Workspace(scheme))
+        except Refused as reason:
+            return str(reason)
+        return None
+
+    def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
+        space = Workspace(weight)
+        program = program_of(weight.tree, space)
+        spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
+        return json.dumps(spec, default=asdict, separators=(",", ":")), space.tensors
+
+    def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
+        form = _form(spec)
+        return restored(form.structure, tensors[: form.own], form.moved, tensors)
+
+    def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
+        form = _form(spec)
+        if form.rule is not None:
+
+            def product(rows: Tensor) -> Tensor:
+                return form.program.linear(rows, tensors, None, torch.float32)
+
+            return RULES[form.rule](x, self.restore(spec, tensors), bias, product)
+        return form.program.linear(x, tensors, bias, x.dtype)
+
+    def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
+        program = _form(spec).program
+        total = torch.zeros(gradient.shape[0], program.columns, dtype=torch.float32)
+        program.add_gradient(gradient, tensors, total)
+        return total.to(gradient.dtype)
+
+    def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
+        program = _form(spec).program
+        if isinstance(program, Leaf):
+            return program.take_rows(index, tensors)
+        return super().take_rows(index, spec, tensors)
+
+    def experts(self, x: Tensor, ends: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
+        form = _form(spec)
+        if form.rule is not None:
+            return super().experts(x, ends, spec, tensors)
+        y = torch.empty(x.shape[0], form.program.rows, dtype=x.dtype)
+        start = 0
+        for expert, stop in enumerate(ends.tolist()):
+            if stop > start:
+                form.program.into(_readable(x[start:stop]), tensors, None, y[start:stop], expert=expert)
+            start = stop
+        return y
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "meta" else tensor.to("meta")
+
+
+# --- programs that run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A spec, read."""
+
+    structure: str
+    own: int
+    moved: dict[int, list[tuple[int, int]]]
+    rule: str | None
+    program: Program
+
+
+@functools.lru_cache(maxsize=4096)
+def _form(spec: str) -> Form:
+    parts = json.loads(spec)
+    activation = json.loads(parts["structure"]).get("activation")
+    return Form(
+        parts["structure"],
+        parts["own"],
+        {int(slot): moves for slot, moves in parts["moved"].items()},
+        activation and activation["rule"],
+        _build(parts["program"]),
+    )
+
+
+def _build(program: dict[str, Any]) -> Program:
+    ((kind, content),) = program.items()
+    if kind == "grid":
+        return Leaf(content)
+    return {"rows": RowParts, "columns": ColumnParts, "stack": ExpertParts}[kind]([_build(part) for part in content])
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.dtype in native.KINDS else x.to(torch.float32)
+
+
+class Program:
+    """A matrix, or a stack of them, as steps over the prepared tensors."""
+
+    rows: int
+    columns: int
+
+    def linear(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        y = torch.empty(x.shape[0], self.rows, dtype=dtype if dtype in native.KINDS else torch.float32)
+        if bias is not None:
+            bias = _readable(bias.detach()).contiguous()
+        self.into(_readable(x), tensors, bias, y)
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        """Write x @ W.T + bias into y, or add it to a float32 y."""
+        raise NotImplementedError(type(self).__name__)
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        """total [n, columns] += gradient [n, rows] @ W."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class Leaf(Program):
+    """One grid: a call of the library."""
+
+    def __init__(self, grid: dict[str, Any]):
+        self.rows, self.codes_columns = grid["rows"], grid["columns"]
+        self.shape = native.Shape(
+            *(grid[name] for name in ("rows", "columns", "row_bytes", "bits", "levels", "group", "compute")),
+            *(_parameter(grid[name]) for name in ("scale", "zero", "offset")),
+        )
+        slots = [grid["codes"], grid["table"]]
+        slots += [grid[name] and grid[name]["slot"] for name in ("scale", "zero", "offset")]
+        slots.append(grid["permutation"])
+        self.slots = [None if slot is None else (slot["position"], slot["stride"]) for slot in slots]
+        self.order = grid["permutation"] and grid["permutation"]["position"]
+        self.columns = grid["inputs"]
+
+    def pointers(self, tensors: list[Tensor], expert: int) -> native.Tensors:
+        return native.Tensors(
+            *(None if slot is None else tensors[slot[0]].data_ptr() + expert * slot[1] for slot in self.slots)
+        )
+
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        pointers = self.pointers(tensors, expert)
+        if x.shape[0] < PREFILL:
+            native.linear(self.shape, pointers, x, bias, y, add)
+            return
+        x = self.ordered(x, tensors)
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and y.dtype == torch.bfloat16 else torch.float32
+        x = x.to(dtype)
+        for first, tile in self.tiles(pointers, dtype):
+            part = torch.mm(x, tile.T)
+            if bias is not None:
+                part = part + bias[first : first + len(tile)].to(torch.float32)
+            own = y[:, first : first + len(tile)]
+            if add:
+                own += part
+            else:
+                own.copy_(part)
+
+    def tiles(self, pointers: native.Tensors, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first row, tile) over the whole weight, in the order of the codes; one buffer for all."""
+        step = max(16, min(self.rows, _TILE // max(self.codes_columns, 1) // 16 * 16))
+        buffer = torch.empty(min(step, self.rows), self.codes_columns, dtype=dtype)
+        for first in range(0, self.rows, step):
+            yield first, native.decode(self.shape, pointers, buffer[: min(step, self.rows - first)], first)
+
+    def ordered(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
+        """Columns of x in the order of the codes; columns that only fill a group up are zero."""
+        if self.order is None:
+            return x
+        order = tensors[self.order].long()
+        return torch.nn.functional.pad(x, (0, 1)).index_select(1, torch.where(order < 0, x.shape[1], order))
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        own = total if self.order is None else torch.zeros(total.shape[0], self.codes_columns)
+        dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
+        for first, tile in self.tiles(self.pointers(tensors, 0), dtype):
+            own += torch.mm(gradient[:, first : first + len(tile)].to(dtype), tile)
+        if self.order is not None:
+            total += self.in_order_of_inputs(own, tensors)
+
+    def in_order_of_inputs(self, rows: Tensor, tensors: list[Tensor]) -> Tensor:
+        order = tensors[self.order].long()
+        used = order >= 0
+        found = rows.new_empty(rows.shape[0], self.columns)
+        found[:, order[used]] = rows[:, used]
+        return found
+
+    def take_rows(self, index: Tensor, tensors: list[Tensor]) -> Tensor:
+        index = index.to(torch.int64).contiguous()
+        out = torch.empty(len(index), self.codes_columns)
+        native.decode(self.shape, self.pointers(tensors, 0), out, index=index)
+        return out if self.order is None else self.in_order_of_inputs(out, tensors)
+
+
+def _parameter(content: dict[str, Any] | None) -> native.Parameter:
+    if content is None:
+        return native.Parameter(0, 1, 0, 1, 0, 0)
+    return native.Parameter(*(content[name] for name in ("kind", "down", "row_stride", "width", "inverted", "negated")))
+
+
+class RowParts(Program):
+    """Parts one above the other: each writes its own outputs."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
+
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        start = 0
+        for part in self.parts:
+            stop = start + part.rows
+            part.into(x, tensors, None if bias is None else bias[start:stop], y[:, start:stop], add, expert)
+            start = stop
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        start = 0
+        for part in self.parts:
+            part.add_gradient(gradient[:, start : start + part.rows], tensors, total)
+            start += part.rows
+
+
+class ColumnParts(Program):
+    """Parts side by side: their products are added in float32."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = parts[0].rows, sum(part.columns for part in parts)
+
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        total = y if add else torch.zeros(y.shape, dtype=torch.float32)
+        start = 0
+        for part in self.parts:
+            own = bias if start == 0 else None
+            part.into(x[:, start : start + part.columns], tensors, own, total, True, expert)
+            start += part.columns
+        if not add:
+            y.copy_(total)
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        start = 0
+        for part in self.parts:
+            part.add_gradient(gradient, tensors, total[:, start : start + part.columns])
+            start += part.columns
+
+
+class ExpertParts(Program):
+    """One program per expert."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = parts[0].rows, parts[0].columns
+
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        self.parts[expert].into(x, tensors, bias, y, add)
+
+
+KERNELS = [CpuGrid()]

@@ -1,0 +1,159 @@
+// The functions Python calls: choose a variant, prepare the inputs once, share the rows of the weight among threads.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "threads.h"
+#include "variant.h"
+
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#include <malloc.h>
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+struct Level {
+  const char* name;
+  const Variant* variant;
+  bool (*runs_here)();
+};
+
+bool always() { return true; }
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every such CPU has F16C too
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Slowest first. A variant the compiler could not build is not in the list.
+const Level LEVELS[] = {
+    {"scalar", &anybit_variant_scalar, always},
+#ifdef ANYBIT_WITH_AVX2
+    {"avx2", &anybit_variant_avx2, has_avx2},
+#endif
+#ifdef ANYBIT_WITH_AVX512
+    {"avx512", &anybit_variant_avx512, has_avx512},
+#endif
+};
+const int LEVEL_COUNT = sizeof LEVELS / sizeof LEVELS[0];
+
+const Variant* current = &anybit_variant_scalar;
+
+// Scratch of the calling thread; grows, and is given back when the thread ends.
+struct Scratch {
+  float* data = nullptr;
+  size_t capacity = 0;
+  float* need(size_t floats) {
+    if (floats > capacity) {
+      release();
+#ifdef _WIN32
+      data = static_cast<float*>(_aligned_malloc(floats * sizeof(float), 64));
+#else
+      void* found = nullptr;
+      data = posix_memalign(&found, 64, floats * sizeof(float)) == 0 ? static_cast<float*>(found) : nullptr;
+#endif
+      capacity = data ? floats : 0;
+    }
+    return data;
+  }
+  void release() {
+#ifdef _WIN32
+    _aligned_free(data);
+#else
+    free(data);
+#endif
+    data = nullptr;
+    capacity = 0;
+  }
+  ~Scratch() { release(); }
+};
+thread_local Scratch scratch;
+
+struct Call {
+  const anybit_shape* shape;
+  const anybit_tensors* tensors;
+  const anybit_product* product;
+  const Variant* variant;
+  Input input;
+};
+
+void take_inputs(void* data, int64_t first, int64_t last) {
+  const Call* call = static_cast<const Call*>(data);
+  for (int64_t n = first; n < last; n++)
+    call->variant->take_input(call->shape, call->tensors, call->product, n,
+                              const_cast<float*>(call->input.values) + n * call->input.value_stride,
+                              const_cast<float*>(call->input.sums) + n * call->input.sum_stride);
+}
+
+void multiply_rows(void* data, int64_t first, int64_t last) {
+  const Call* call = static_cast<const Call*>(data);
+  call->variant->multiply(call->shape, call->tensors, call->product, &call->input, first, last);
+}
+
+struct Decoding {
+  const anybit_shape* shape;
+  const anybit_tensors* tensors;
+  const Variant* variant;
+  const int64_t* rows;
+  int64_t first;
+  char* out;
+  int64_t out_kind, out_bytes;
+};
+
+void decode_rows(void* data, int64_t first, int64_t last) {
+  const Decoding* d = static_cast<const Decoding*>(data);
+  for (int64_t i = first; i < last; i++)
+    d->variant->decode(d->shape, d->tensors, d->rows ? d->rows[i] : d->first + i, d->out + i * d->out_bytes, d->out_kind);
+}
+
+const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not worth waking a second thread
+
+}  // namespace
+
+// Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
+EXPORT int64_t anybit_levels(const char** names, int64_t room) {
+  int64_t found = 0;
+  for (int i = 0; i < LEVEL_COUNT; i++)
+    if (LEVELS[i].runs_here() && found < room) names[found++] = LEVELS[i].name;
+  return found;
+}
+
+// Choose a level by name; 0 if it is unknown or does not run here.
+EXPORT int64_t anybit_use_level(const char* name) {
+  for (int i = 0; i < LEVEL_COUNT; i++)
+    if (strcmp(LEVELS[i].name, name) == 0 && LEVELS[i].runs_here()) {
+      current = LEVELS[i].variant;
+      return 1;
+    }
+  return 0;
+}
+
+// y = x @ W.T. Returns 0, or 1 when there is no memory for the scratch.
+EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
+                             int64_t threads) {
+  Call call = {shape, tensors, product, current, {}};
+  int64_t values = 0, sums = 0;
+  call.variant->sizes(shape, &values, &sums);
+  float* space = scratch.need(static_cast<size_t>((values + sums) * product->n));
+  if (!space) return 1;
+  call.input = {space, space + values * product->n, values, sums};
+  const int64_t inputs = product->n * shape->columns;
+  anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_inputs, &call);
+  anybit_parallel(shape->rows, 4, inputs * shape->rows < SMALL ? 1 : threads, multiply_rows, &call);
+  return 0;
+}
+
+// Rows of the weight in the order of the codes: `rows` [count] or, if null, first .. first + count.
+EXPORT void anybit_decode(const anybit_shape* shape, const anybit_tensors* tensors, const int64_t* rows, int64_t first,
+                          int64_t count, void* out, int64_t out_kind, int64_t out_stride, int64_t threads) {
+  Decoding decoding = {shape, tensors, current, rows, first, static_cast<char*>(out), out_kind,
+                       out_stride * (out_kind == ANYBIT_F32 ? 4 : 2)};
+  anybit_parallel(count, 1, count * shape->columns < SMALL ? 1 : threads, decode_rows, &decoding);
+}

@@ -1,0 +1,62 @@
+// The C ABI shared by every instruction-set variant: what a Grid weight looks like in memory. Plain data, no C++ types.
+//
+//   weight[r, c] = (levels[code[r, c]] - zero[r / zero.down, c / group]) * scale[...] + offset[...]
+//
+// Codes are anybit's canonical packing: one little-endian bit stream per row, `row_bytes` apart. Nothing is re-laid out, so a
+// checkpoint's own bytes (or the page cache behind them) are multiplied as they are.
+#ifndef ANYBIT_GRID_H
+#define ANYBIT_GRID_H
+
+#include <stdint.h>
+
+enum anybit_float { ANYBIT_F32 = 0, ANYBIT_BF16 = 1, ANYBIT_F16 = 2 };
+
+enum anybit_parameter_kind {
+  ANYBIT_ABSENT = 0,
+  ANYBIT_P_F32 = 1,
+  ANYBIT_P_BF16 = 2,
+  ANYBIT_P_F16 = 3,
+  ANYBIT_P_U8 = 4,    // integers 0..255
+  ANYBIT_P_I8 = 5,
+  ANYBIT_P_E8M0 = 6,  // 2**(byte - 127), 255 is NaN
+};
+
+enum anybit_levels {
+  ANYBIT_UNSIGNED = 0,  // the code itself
+  ANYBIT_SIGNED = 1,    // the code in two's complement
+  ANYBIT_TABLE = 2,     // table[code], float32 [2**bits]
+  ANYBIT_E4M3 = 3,      // OCP FP8 without NaN codes
+  ANYBIT_E5M2 = 4,
+};
+
+// One value per (row / down, group); width 1: the same for every group. Inverted: divide by it (scales only).
+struct anybit_parameter {
+  int64_t kind, down, row_stride, width, inverted, negated;
+};
+
+struct anybit_shape {
+  int64_t rows, columns, row_bytes, bits, levels, group, compute;
+  struct anybit_parameter scale, zero, offset;
+};
+
+// The tensors behind a shape. `permutation` (or null): column j of the codes meets input permutation[j]; -1 is no input.
+struct anybit_tensors {
+  const uint8_t* codes;
+  const float* table;
+  const void* scale;
+  const void* zero;
+  const void* offset;
+  const int32_t* permutation;
+};
+
+// x [n, columns], element strides; y [n, rows]. `accumulate`: add to y (float32 only) instead of writing.
+struct anybit_product {
+  const void* x;
+  int64_t x_kind, n, x_row, x_column;
+  const void* bias;
+  int64_t bias_kind;
+  void* y;
+  int64_t y_kind, y_row, accumulate;
+};
+
+#endif

@@ -1,0 +1,12 @@
+// Grid products for the "avx2" variant: the flags that setup.py compiles this file with decide the instructions.
+#include <stdint.h>
+#include <string.h>
+
+#include "variant.h"
+//
+#include "numbers.h"
+#include "vec_avx2.h"
+//
+#include "grid_kernels.h"
+
+extern const Variant anybit_variant_avx2 = {"avx2", sizes, take_input, multiply, decode};

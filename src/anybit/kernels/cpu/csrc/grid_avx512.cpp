@@ -1,0 +1,12 @@
+// Grid products for the "avx512" variant: the flags that setup.py compiles this file with decide the instructions.
+#include <stdint.h>
+#include <string.h>
+
+#include "variant.h"
+//
+#include "numbers.h"
+#include "vec_avx512.h"
+//
+#include "grid_kernels.h"
+
+extern const Variant anybit_variant_avx512 = {"avx512", sizes, take_input, multiply, decode};

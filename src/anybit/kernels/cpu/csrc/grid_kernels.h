@@ -1,0 +1,575 @@
+// Products with a Grid, written once over the vector types of a variant (vec_*.h must be included first).
+//
+// Two inner loops:
+//
+//   chunks   float32 arithmetic, up to 4 bits. A chunk is 8 * LANES codes; lane i holds codes 8 i .. 8 i + 7 of it, so a code
+//            costs one shift, one look-up in a register and one multiply-add. x is laid out to match:
+//
+//              lane      0        1        2            x block k (k = 0..7):  x[k], x[8 + k], x[16 + k], ...
+//              codes  0 ..  7   8 .. 15  16 .. 23
+//
+//            A group is a multiple of eight columns, so a lane has one scale; it multiplies the lane's sum of eight.
+//
+//   natural  everything else: LANES codes in order, made into numbers by the format's own arithmetic (each operation
+//            rounded as `compute` says) or, in float32 with whole groups of lanes, summed first and scaled after.
+//
+// Codes of an unsigned width are centred (the level is code - 2**(bits - 1), the zero moves along), which keeps the part of
+// the sum that a zero point cancels small.
+#ifndef ANYBIT_GRID_KERNELS_H
+#define ANYBIT_GRID_KERNELS_H
+
+#if defined(__GNUC__) || defined(__clang__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+#else
+#define ALWAYS_INLINE inline
+#define NOINLINE
+#endif
+
+static constexpr int CHUNK = 8 * LANES;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline bool in_chunks(const anybit_shape* s) {
+  return s->bits <= 4 && s->compute == ANYBIT_F32 && (s->group % 8 == 0 || s->group >= s->columns);
+}
+static inline bool wide_group(const anybit_shape* s, int64_t unit) {
+  return s->group % unit == 0 || s->group >= s->columns;
+}
+// natural order, float32, each group a whole number of vectors: sum first, scale after
+static inline bool sums_first(const anybit_shape* s) {
+  return s->compute == ANYBIT_F32 && s->bits > 4 && s->levels != ANYBIT_TABLE && wide_group(s, LANES);
+}
+static inline bool needs_sums(const anybit_shape* s) {
+  return s->zero.kind != ANYBIT_ABSENT || s->offset.kind != ANYBIT_ABSENT || s->levels == ANYBIT_UNSIGNED;
+}
+static inline float centre(const anybit_shape* s) {
+  return s->levels == ANYBIT_UNSIGNED ? (float)(1 << (s->bits - 1)) : 0.0f;
+}
+
+// --- parameters ---------------------------------------------------------------------------------------------------------
+
+struct Parameter {
+  const anybit_parameter* p;
+  const void* data;
+  int64_t row;  // offset of this weight row's values
+};
+
+static inline Parameter parameter_at(const anybit_parameter* p, const void* data, int64_t row) {
+  return {p, data, row / p->down * p->row_stride};
+}
+
+static inline float one(const Parameter& q, int64_t group) {
+  return read_parameter(q.p, q.data, q.row + (q.p->width == 1 ? 0 : group));
+}
+
+// Values of the groups first + index[lane], index below LANES.
+static NOINLINE F several(const Parameter& q, int64_t first, I index) {
+  if (q.p->width == 1) return f_set(read_parameter(q.p, q.data, q.row));
+  int64_t at = q.row + first;
+  F found;
+  if (first + LANES <= q.p->width) {
+    switch (q.p->kind) {
+      case ANYBIT_P_F32: found = f_load((const float*)q.data + at); break;
+      case ANYBIT_P_BF16: found = f_load_bf16((const uint16_t*)q.data + at); break;
+      case ANYBIT_P_F16: found = f_load_f16((const uint16_t*)q.data + at); break;
+      case ANYBIT_P_U8: found = f_load_u8((const uint8_t*)q.data + at); break;
+      case ANYBIT_P_I8: found = f_load_i8((const uint8_t*)q.data + at); break;
+      default: {
+        float some[LANES];
+        for (int i = 0; i < LANES; i++) some[i] = read_parameter(q.p, q.data, at + i);
+        return f_permute(f_load(some), index);
+      }
+    }
+    if (q.p->negated) found = f_sub(f_zero(), found);
+  } else {
+    float some[LANES];  // filled up with the last one, which is safe to divide by
+    const int64_t last = q.p->width - first - 1;
+    for (int64_t i = 0; i < LANES; i++) some[i] = read_parameter(q.p, q.data, at + least(i, last));
+    found = f_load(some);
+  }
+  return f_permute(found, index);
+}
+
+// Groups of the lanes of the unit that starts at `column`, each lane `step` columns wide: first group and distances to it.
+static inline int64_t groups_of_lanes(const anybit_shape* s, int64_t column, int64_t step, uint32_t* distance) {
+  int64_t first = column / s->group;
+  for (int64_t i = 0; i < LANES; i++) {
+    int64_t inside = least(column + i * step, s->columns - 1);
+    distance[i] = (uint32_t)(inside / s->group - first);
+  }
+  return first;
+}
+
+// --- levels in natural order ----------------------------------------------------------------------------------------------
+
+enum Source { BYTES_SIGNED = 8, BYTES_UNSIGNED = 9, BYTES_E4M3 = 10, BYTES_E5M2 = 11, TABLE_5 = 12, TABLE_6 = 13,
+              TABLE_7 = 14, TABLE_8 = 15 };  // 1 .. 7: integers and small tables of that width
+
+struct Levels {
+  Lut lut;             // up to 4 bits: the numbers
+  const float* table;  // 5 .. 8 bits with a table
+  bool is_signed;
+};
+
+template <int SOURCE> static constexpr int bits_of_source() {
+  return SOURCE < 8 ? SOURCE : SOURCE < 12 ? 8 : SOURCE - 7;
+}
+
+// Numbers of LANES codes from the byte p on; unsigned codes are centred.
+template <int SOURCE> static inline F levels_at(const Levels& levels, const uint8_t* p) {
+  constexpr int BITS = bits_of_source<SOURCE>();
+  constexpr uint32_t MASK = (1u << BITS) - 1, HALF = 1u << (BITS - 1);
+  uint32_t mask[LANES];
+  if constexpr (SOURCE <= 4) return lut_take(levels.lut, codes_load<BITS>(p));
+  if constexpr (SOURCE == BYTES_SIGNED) return f_load_i8(p);
+  if constexpr (SOURCE == BYTES_UNSIGNED) return f_sub(f_load_u8(p), f_set(128.0f));
+  if constexpr (SOURCE == BYTES_E4M3) return f_load_e4m3(p);
+  if constexpr (SOURCE == BYTES_E5M2) return f_load_e5m2(p);
+  for (int i = 0; i < LANES; i++) mask[i] = MASK;
+  I codes = i_and(codes_load<BITS>(p), i_load(mask));
+  if constexpr (SOURCE >= TABLE_5) return f_gather(levels.table, codes);
+  // two's complement: flipping the top bit turns a signed code into the centred unsigned one
+  if (levels.is_signed) codes = i_xor(codes, HALF);
+  return f_sub(f_of_integers(codes), f_set((float)HALF));
+}
+
+static inline int source_of(const anybit_shape* s) {
+  if (s->levels == ANYBIT_E4M3) return BYTES_E4M3;
+  if (s->levels == ANYBIT_E5M2) return BYTES_E5M2;
+  if (s->bits <= 4) return (int)s->bits;
+  if (s->levels == ANYBIT_TABLE) return (int)s->bits + 7;
+  if (s->bits < 8) return (int)s->bits;
+  return s->levels == ANYBIT_SIGNED ? BYTES_SIGNED : BYTES_UNSIGNED;
+}
+
+static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t) {
+  float numbers[16] = {0};
+  if (s->bits <= 4) {
+    int count = 1 << s->bits, half = count / 2;
+    for (int code = 0; code < 16; code++) {
+      int own = code % count;  // repeated, so that bits above the code do not matter
+      numbers[code] = s->levels == ANYBIT_TABLE    ? t->table[own]
+                      : s->levels == ANYBIT_SIGNED ? (float)(own < half ? own : own - count)
+                                                   : (float)(own - half);
+    }
+  }
+  return {lut_load(numbers), t->table, s->levels == ANYBIT_SIGNED};
+}
+
+// Bytes of a row from `column` on, at least 16 readable ones; copied to `spare` at the end of the tensor.
+static inline const uint8_t* readable(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t column,
+                                      uint8_t* spare) {
+  const uint8_t* p = t->codes + row * s->row_bytes + column * s->bits / 8;
+  const uint8_t* end = t->codes + s->rows * s->row_bytes;
+  if (p + 16 <= end) return p;
+  memset(spare, 0, 16);
+  memcpy(spare, p, (size_t)(end - p));
+  return spare;
+}
+
+// --- weights in natural order ---------------------------------------------------------------------------------------------------
+
+static constexpr int64_t BLOCK = 1024;  // columns made at a time, small enough to stay in the first cache level
+
+template <int ROUND> static inline F rounded(F a) {
+  if constexpr (ROUND == ANYBIT_BF16) return f_round_bf16(a);
+  if constexpr (ROUND == ANYBIT_F16) return f_round_f16(a);
+  return a;
+}
+
+struct RowParameters { Parameter zero, scale, offset; };
+
+static inline RowParameters row_parameters(const anybit_shape* s, const anybit_tensors* t, int64_t row) {
+  return {parameter_at(&s->zero, t->zero, row), parameter_at(&s->scale, t->scale, row),
+          parameter_at(&s->offset, t->offset, row)};
+}
+
+// Centred levels of columns start .. stop of a row; `start` is a multiple of LANES. Lanes beyond `stop` hold anything.
+template <int SOURCE>
+static void level_block(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
+                        int64_t stop, float* out) {
+  uint8_t spare[16];
+  for (int64_t column = start; column < stop; column += LANES)
+    f_store(out + column - start, levels_at<SOURCE>(levels, readable(s, t, row, column, spare)));
+}
+
+// Levels -> weights, in place: each operation of the format in its order, rounded as it says.
+template <int ROUND>
+static void weigh_block(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop,
+                        float* numbers) {
+  const RowParameters own = row_parameters(s, t, row);
+  const bool has_zero = s->zero.kind != ANYBIT_ABSENT, has_scale = s->scale.kind != ANYBIT_ABSENT,
+             has_offset = s->offset.kind != ANYBIT_ABSENT, divides = s->scale.inverted != 0, wide = wide_group(s, LANES);
+  const F middle = f_set(centre(s));
+  F zero = f_zero(), scale = f_zero(), offset = f_zero();
+  uint32_t distance[LANES] = {0};
+  int64_t known = -1;
+  for (int64_t column = start; column < stop; column += LANES) {
+    if (!wide) {
+      int64_t first = groups_of_lanes(s, column, 1, distance);
+      I index = i_load(distance);
+      if (has_zero) zero = rounded<ROUND>(several(own.zero, first, index));
+      if (has_scale) scale = rounded<ROUND>(several(own.scale, first, index));
+      if (has_offset) offset = rounded<ROUND>(several(own.offset, first, index));
+    } else if (int64_t group = s->group >= s->columns ? 0 : column / s->group; group != known) {
+      if (has_zero) zero = rounded<ROUND>(f_set(one(own.zero, group)));
+      if (has_scale) scale = rounded<ROUND>(f_set(one(own.scale, group)));
+      if (has_offset) offset = rounded<ROUND>(f_set(one(own.offset, group)));
+      known = group;
+    }
+    F w = rounded<ROUND>(f_add(f_load(numbers + column - start), middle));
+    if (has_zero) w = rounded<ROUND>(f_sub(w, zero));
+    if (has_scale) w = rounded<ROUND>(divides ? f_div(w, scale) : f_mul(w, scale));
+    if (has_offset) w = rounded<ROUND>(f_add(w, offset));
+    f_store(numbers + column - start, w);
+  }
+}
+
+typedef void (*LevelBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, float*);
+typedef void (*WeighBlock)(const anybit_shape*, const anybit_tensors*, int64_t, int64_t, int64_t, float*);
+static const LevelBlock LEVEL_BLOCKS[16] = {
+    nullptr,          level_block<1>,  level_block<2>,  level_block<3>,  level_block<4>,  level_block<5>,
+    level_block<6>,   level_block<7>,  level_block<8>,  level_block<9>,  level_block<10>, level_block<11>,
+    level_block<12>,  level_block<13>, level_block<14>, level_block<15>};
+static const WeighBlock WEIGH_BLOCKS[3] = {weigh_block<0>, weigh_block<1>, weigh_block<2>};
+
+// Weights of columns start .. stop, `out` with room for BLOCK floats; zeros up to the next multiple of LANES.
+static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
+                       int64_t stop, float* out) {
+  LEVEL_BLOCKS[source_of(s)](s, t, levels, row, start, stop, out);
+  WEIGH_BLOCKS[s->compute](s, t, row, start, stop, out);
+  for (int64_t i = stop - start; i % LANES; i++) out[i] = 0;  // what was there may not even be a number
+}
+
+static void decode(const anybit_shape* s, const anybit_tensors* t, int64_t row, void* out, int64_t kind) {
+  const Levels levels = read_levels(s, t);
+  alignas(64) float some[BLOCK];
+  for (int64_t start = 0; start < s->columns; start += BLOCK) {
+    const int64_t stop = least(start + BLOCK, s->columns);
+    weights_of(s, t, levels, row, start, stop, some);
+    int64_t i = 0;
+    if (kind == ANYBIT_BF16)
+      for (; i + LANES <= stop - start; i += LANES) f_store_bf16((uint16_t*)out + start + i, f_load(some + i));
+    if (kind == ANYBIT_F32)
+      for (; i + LANES <= stop - start; i += LANES) f_store((float*)out + start + i, f_load(some + i));
+    for (; i < stop - start; i++) write_float(out, kind, start + i, some[i]);
+  }
+}
+
+// --- products ---------------------------------------------------------------------------------------------------------------
+
+struct Product {
+  const anybit_shape* s;
+  const anybit_tensors* t;
+  const anybit_product* p;
+  const Input* in;
+  Levels levels;
+};
+
+static inline void put(const anybit_product* p, int64_t n, int64_t row, float value) {
+  if (p->bias) value += read_float(p->bias, p->bias_kind, row);
+  int64_t at = n * p->y_row + row;
+  if (p->accumulate) ((float*)p->y)[at] += value;
+  else write_float(p->y, p->y_kind, at, value);
+}
+
+// The weights of one row, made a block at a time, and B rows of x.
+template <int B> static void product_exact(const Product& q, int64_t row, int64_t n) {
+  F total[B];
+  for (int b = 0; b < B; b++) total[b] = f_zero();
+  const float* x = q.in->values + n * q.in->value_stride;
+  alignas(64) float weights[BLOCK];
+  for (int64_t start = 0; start < q.s->columns; start += BLOCK) {
+    const int64_t stop = least(start + BLOCK, q.s->columns);
+    weights_of(q.s, q.t, q.levels, row, start, stop, weights);
+    for (int64_t column = start; column < stop; column += LANES) {
+      F w = f_load(weights + column - start);
+      for (int b = 0; b < B; b++) total[b] = f_fma(w, f_load(x + b * q.in->value_stride + column), total[b]);
+    }
+  }
+  for (int b = 0; b < B; b++) put(q.p, n + b, row, f_sum(total[b]));
+}
+
+// float32, groups of whole vectors: sum_g scale_g * (sum levels * x - (zero_g - centre) * sum x) + offset_g * sum x.
+template <int SOURCE, int R, int B> static void product_sums(const Product& q, int64_t row, int64_t n) {
+  constexpr int BITS = bits_of_source<SOURCE>(), STEP = LANES * BITS / 8;
+  const anybit_shape* s = q.s;
+  const bool sums = needs_sums(s), has_zero = s->zero.kind != ANYBIT_ABSENT, has_offset = s->offset.kind != ANYBIT_ABSENT;
+  const float middle = centre(s);
+  RowParameters own[R];
+  F total[R][B];
+  for (int r = 0; r < R; r++) {
+    own[r] = row_parameters(s, q.t, row + r);
+    for (int b = 0; b < B; b++) total[r][b] = f_zero();
+  }
+  const float* x = q.in->values + n * q.in->value_stride;
+  const float* sum = q.in->sums + n * q.in->sum_stride;
+  const uint8_t* codes = q.t->codes + row * s->row_bytes;
+  const uint8_t* end = q.t->codes + s->rows * s->row_bytes;
+  uint8_t spare[16];
+  int64_t group = 0;
+  for (int64_t start = 0; start < s->columns; start += s->group, group++) {
+    F acc[R][B];
+    for (int r = 0; r < R; r++) {
+      F shift = f_set(has_zero ? middle - one(own[r].zero, group) : middle);
+      for (int b = 0; b < B; b++)
+        acc[r][b] = sums ? f_mul(shift, f_load(sum + b * q.in->sum_stride + group * LANES)) : f_zero();
+    }
+    const int64_t stop = least(start + s->group, s->columns);
+    int64_t column = start;
+    for (; column + LANES <= stop; column += LANES) {
+      const uint8_t* p = codes + column * BITS / 8;
+      for (int r = 0; r < R; r++) {
+        const uint8_t* own_p = p + r * s->row_bytes;
+        if (SOURCE != BYTES_SIGNED && STEP < 16 && own_p + 16 > end) own_p = readable(s, q.t, row + r, column, spare);
+        F level = levels_at<SOURCE>(q.levels, own_p);
+        for (int b = 0; b < B; b++)
+          acc[r][b] = f_fma(level, f_load(x + b * q.in->value_stride + column), acc[r][b]);
+      }
+    }
+    if (column < stop) {  // lanes beyond the last column must not meet codes that are no numbers
+      for (int r = 0; r < R; r++) {
+        float some[LANES];
+        f_store(some, levels_at<SOURCE>(q.levels, readable(s, q.t, row + r, column, spare)));
+        for (int64_t i = stop - column; i < LANES; i++) some[i] = 0;
+        for (int b = 0; b < B; b++)
+          acc[r][b] = f_fma(f_load(some), f_load(x + b * q.in->value_stride + column), acc[r][b]);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      float value = s->scale.kind == ANYBIT_ABSENT ? 1.0f : one(own[r].scale, group);
+      F scale = f_set(s->scale.inverted ? 1.0f / value : value);
+      for (int b = 0; b < B; b++) {
+        total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
+        if (has_offset)
+          total[r][b] = f_fma(f_set(one(own[r].offset, group)), f_load(sum + b * q.in->sum_stride + group * LANES),
+                              total[r][b]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
+}
+
+template <int BITS, int R, int B, int K>
+static ALWAYS_INLINE void chunk_step(const Lut& lut, const I* raw, const float* x, int64_t stride, F (*acc)[B]) {
+  F own[B];
+  for (int b = 0; b < B; b++) own[b] = f_load(x + b * stride + K * LANES);
+  for (int r = 0; r < R; r++) {
+    F level = lut_take(lut, i_right<BITS * K>(raw[r]));
+    for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, own[b], acc[r][b]);
+  }
+}
+
+template <int BITS, int R, int B>
+static ALWAYS_INLINE void chunk_steps(const Lut& lut, const I* raw, const float* x, int64_t stride, F (*acc)[B]) {
+  chunk_step<BITS, R, B, 0>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 1>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 2>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 3>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 4>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 5>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 6>(lut, raw, x, stride, acc);
+  chunk_step<BITS, R, B, 7>(lut, raw, x, stride, acc);
+}
+
+// R rows of the weight, B rows of x. WIDE: a group is a whole number of chunks; else each lane has a scale of its own.
+template <int BITS, bool WIDE, int R, int B> static void product_chunks(const Product& q, int64_t row, int64_t n) {
+  const anybit_shape* s = q.s;
+  const bool sums = needs_sums(s), has_zero = s->zero.kind != ANYBIT_ABSENT, has_offset = s->offset.kind != ANYBIT_ABSENT,
+             has_scale = s->scale.kind != ANYBIT_ABSENT, inverted = s->scale.inverted != 0;
+  const float middle = centre(s);
+  const Lut lut = q.levels.lut;
+  RowParameters own[R];
+  F total[R][B], acc[R][B];
+  for (int r = 0; r < R; r++) {
+    own[r] = row_parameters(s, q.t, row + r);
+    for (int b = 0; b < B; b++) total[r][b] = f_zero();
+  }
+  const float* x = q.in->values + n * q.in->value_stride;
+  const float* sum = q.in->sums + n * q.in->sum_stride;
+  const int64_t stride = q.in->value_stride, sum_stride = q.in->sum_stride;
+  const uint8_t* codes = q.t->codes + row * s->row_bytes;
+  const int64_t chunks = ceil_div(s->columns, CHUNK);
+  const int64_t per_group = WIDE ? least(ceil_div(s->group, CHUNK), chunks) : 1;
+  const int64_t last_bytes = s->row_bytes - (chunks - 1) * (LANES * BITS);
+  uint32_t distance[LANES] = {0};
+  I index = i_load(distance);
+  const bool regular = !WIDE && CHUNK % s->group == 0;
+  if (regular) {
+    for (int i = 0; i < LANES; i++) distance[i] = (uint32_t)(8 * i / s->group);
+    index = i_load(distance);
+  }
+  for (int64_t first = 0, group = 0; first < chunks; first += per_group, group++) {
+    int64_t first_group = group;
+    if (!WIDE) {
+      first_group = first * CHUNK / s->group;
+      if (!regular) {
+        groups_of_lanes(s, first * CHUNK, 8, distance);
+        index = i_load(distance);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      F shift = f_set(middle);
+      if (has_zero) shift = f_sub(shift, WIDE ? f_set(one(own[r].zero, group)) : several(own[r].zero, first_group, index));
+      for (int b = 0; b < B; b++)
+        acc[r][b] = sums ? f_mul(shift, f_load(sum + b * sum_stride + group * LANES)) : f_zero();
+    }
+    const int64_t stop = least(first + per_group, chunks);
+    for (int64_t chunk = first; chunk < stop; chunk++) {
+      I raw[R];
+      if (chunk + 1 < chunks || last_bytes >= LANES * BITS) {
+        for (int r = 0; r < R; r++) raw[r] = chunk_load<BITS>(codes + r * s->row_bytes + chunk * (LANES * BITS));
+      } else {
+        for (int r = 0; r < R; r++) {
+          uint8_t spare[LANES * BITS + 16] = {0};
+          memcpy(spare, codes + r * s->row_bytes + chunk * (LANES * BITS), (size_t)last_bytes);
+          raw[r] = chunk_load<BITS>(spare);
+        }
+      }
+      chunk_steps<BITS, R, B>(lut, raw, x + chunk * CHUNK, stride, acc);
+    }
+    for (int r = 0; r < R; r++) {
+      F scale = f_set(1.0f);
+      if (has_scale) {
+        if (WIDE) {
+          float value = one(own[r].scale, group);
+          scale = f_set(inverted ? 1.0f / value : value);
+        } else {
+          scale = several(own[r].scale, first_group, index);
+          if (inverted) scale = f_div(f_set(1.0f), scale);
+        }
+      }
+      F offset = f_zero();
+      if (has_offset) offset = WIDE ? f_set(one(own[r].offset, group)) : several(own[r].offset, first_group, index);
+      for (int b = 0; b < B; b++) {
+        total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
+        if (has_offset) total[r][b] = f_fma(offset, f_load(sum + b * sum_stride + group * LANES), total[r][b]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
+}
+
+// --- choosing ---------------------------------------------------------------------------------------------------------------
+
+typedef void (*Tile)(const Product&, int64_t row, int64_t n);
+
+// Rows of the weight beside rows of x: as many as the registers hold.
+struct Tiles { Tile four_one, one_one, two_two, one_two, two_four, one_four; };
+
+template <int BITS, bool WIDE> static constexpr Tiles chunk_tiles() {
+  if constexpr (!VECTORS)
+    return {nullptr, product_chunks<BITS, WIDE, 1, 1>, nullptr, product_chunks<BITS, WIDE, 1, 2>,
+            nullptr, product_chunks<BITS, WIDE, 1, 4>};
+  else
+    return {product_chunks<BITS, WIDE, 4, 1>, product_chunks<BITS, WIDE, 1, 1>, product_chunks<BITS, WIDE, 2, 2>,
+            product_chunks<BITS, WIDE, 1, 2>, product_chunks<BITS, WIDE, 2, 4>, product_chunks<BITS, WIDE, 1, 4>};
+}
+template <int SOURCE> static constexpr Tiles sum_tiles() {
+  if constexpr (!VECTORS)
+    return {nullptr, product_sums<SOURCE, 1, 1>, nullptr, product_sums<SOURCE, 1, 2>, nullptr, product_sums<SOURCE, 1, 4>};
+  else
+    return {product_sums<SOURCE, 4, 1>, product_sums<SOURCE, 1, 1>, product_sums<SOURCE, 2, 2>,
+            product_sums<SOURCE, 1, 2>, product_sums<SOURCE, 2, 4>, product_sums<SOURCE, 1, 4>};
+}
+static const Tiles SUMS[12] = {{}, {}, {}, {}, {}, sum_tiles<5>(), sum_tiles<6>(), sum_tiles<7>(), sum_tiles<8>(),
+                               sum_tiles<9>(), sum_tiles<10>(), sum_tiles<11>()};
+static const Tiles EXACT = {nullptr, product_exact<1>, nullptr, product_exact<2>, nullptr, product_exact<4>};
+static const Tiles CHUNKS[5][2] = {{{}, {}},
+                                   {chunk_tiles<1, false>(), chunk_tiles<1, true>()},
+                                   {chunk_tiles<2, false>(), chunk_tiles<2, true>()},
+                                   {chunk_tiles<3, false>(), chunk_tiles<3, true>()},
+                                   {chunk_tiles<4, false>(), chunk_tiles<4, true>()}};
+
+static const Tiles& tiles_of(const anybit_shape* s) {
+  if (in_chunks(s)) return CHUNKS[s->bits][wide_group(s, CHUNK)];
+  return sums_first(s) ? SUMS[source_of(s)] : EXACT;
+}
+
+static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,
+                     int64_t first_row, int64_t last_row) {
+  const Tiles& tiles = tiles_of(s);
+  const Product q = {s, t, p, in, read_levels(s, t)};
+  for (int64_t row = first_row; row < last_row;) {
+    int64_t n = 0, taken = 1;
+    if (tiles.four_one && p->n == 1 && row + 4 <= last_row) {
+      tiles.four_one(q, row, 0);
+      taken = 4;
+    } else if (tiles.two_two && row + 2 <= last_row && p->n > 1) {
+      taken = 2;
+      for (; n + 4 <= p->n; n += 4) tiles.two_four(q, row, n);
+      for (; n + 2 <= p->n; n += 2) tiles.two_two(q, row, n);
+      for (; n < p->n; n++) tiles.one_one(q, row, n), tiles.one_one(q, row + 1, n);
+    } else {
+      for (; n + 4 <= p->n; n += 4) tiles.one_four(q, row, n);
+      for (; n + 2 <= p->n; n += 2) tiles.one_two(q, row, n);
+      for (; n < p->n; n++) tiles.one_one(q, row, n);
+    }
+    row += taken;
+  }
+}
+
+// --- inputs -----------------------------------------------------------------------------------------------------------------
+
+static int64_t padded_columns(const anybit_shape* s) { return ceil_div(s->columns, CHUNK) * CHUNK; }
+
+static int64_t sum_blocks(const anybit_shape* s) {
+  if (!needs_sums(s)) return 0;
+  if (in_chunks(s) && !wide_group(s, CHUNK)) return ceil_div(s->columns, CHUNK);
+  if (!in_chunks(s) && !sums_first(s)) return 0;
+  return ceil_div(s->columns, s->group);
+}
+
+static void sizes(const anybit_shape* s, int64_t* values, int64_t* sums) {
+  *values = padded_columns(s);
+  *sums = sum_blocks(s) * LANES;
+}
+
+static void read_row(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values) {
+  int64_t start = n * p->x_row, done = 0;
+  if (t->permutation) {
+    for (; done < s->columns; done++) {
+      int64_t from = t->permutation[done];
+      values[done] = from < 0 ? 0.0f : read_float(p->x, p->x_kind, start + from * p->x_column);
+    }
+  } else if (p->x_column == 1) {
+    for (; done + LANES <= s->columns; done += LANES) {
+      F some = p->x_kind == ANYBIT_F32    ? f_load((const float*)p->x + start + done)
+               : p->x_kind == ANYBIT_BF16 ? f_load_bf16((const uint16_t*)p->x + start + done)
+                                          : f_load_f16((const uint16_t*)p->x + start + done);
+      f_store(values + done, some);
+    }
+  }
+  for (; done < s->columns; done++) values[done] = read_float(p->x, p->x_kind, start + done * p->x_column);
+  memset(values + s->columns, 0, (size_t)(padded_columns(s) - s->columns) * sizeof(float));
+}
+
+static void take_input(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values,
+                       float* sums) {
+  read_row(s, t, p, n, values);
+  const int64_t blocks = sum_blocks(s);
+  if (in_chunks(s)) {
+    float natural[CHUNK];
+    for (int64_t start = 0; start < padded_columns(s); start += CHUNK) {
+      memcpy(natural, values + start, sizeof natural);
+      for (int k = 0; k < 8; k++)
+        for (int lane = 0; lane < LANES; lane++) values[start + k * LANES + lane] = natural[8 * lane + k];
+    }
+  }
+  if (!blocks) return;
+  memset(sums, 0, (size_t)(blocks * LANES) * sizeof(float));
+  const int64_t width = in_chunks(s) && !wide_group(s, CHUNK) ? CHUNK : s->group;
+  for (int64_t block = 0; block < blocks; block++) {
+    F sum = f_zero();
+    int64_t stop = least((block + 1) * width, s->columns);
+    if (in_chunks(s)) stop = ceil_div(stop, CHUNK) * CHUNK;  // the columns of the last chunk are spread over all of it
+    for (int64_t start = block * width; start < stop; start += LANES) sum = f_add(sum, f_load(values + start));
+    f_store(sums + block * LANES, sum);
+  }
+}
+
+#endif

@@ -1,0 +1,12 @@
+// Grid products for the "scalar" variant: the flags that setup.py compiles this file with decide the instructions.
+#include <stdint.h>
+#include <string.h>
+
+#include "variant.h"
+//
+#include "numbers.h"
+#include "vec_scalar.h"
+//
+#include "grid_kernels.h"
+
+extern const Variant anybit_variant_scalar = {"scalar", sizes, take_input, multiply, decode};

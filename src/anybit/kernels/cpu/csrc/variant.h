@@ -1,0 +1,29 @@
+// What one instruction-set variant offers to the driver. Each variant is the same source compiled with other flags.
+#ifndef ANYBIT_VARIANT_H
+#define ANYBIT_VARIANT_H
+
+#include "grid.h"
+
+// Inputs of one product, ready for the inner loops: float32, padded with zeros, in the order the loops want.
+struct Input {
+  const float* values;  // [n, padded]
+  const float* sums;    // [n, groups_or_chunks, lanes]; partial sums of x that zeros and offsets are multiplied with
+  int64_t value_stride, sum_stride;
+};
+
+struct Variant {
+  const char* name;
+  // floats of scratch one row of x needs, for values and for sums
+  void (*sizes)(const anybit_shape* shape, int64_t* values, int64_t* sums);
+  void (*take_input)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product, int64_t row,
+                     float* values, float* sums);
+  void (*multiply)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
+                   const Input* input, int64_t first_row, int64_t last_row);
+  void (*decode)(const anybit_shape* shape, const anybit_tensors* tensors, int64_t row, void* out, int64_t out_kind);
+};
+
+extern const Variant anybit_variant_scalar;
+extern const Variant anybit_variant_avx2;
+extern const Variant anybit_variant_avx512;
+
+#endif

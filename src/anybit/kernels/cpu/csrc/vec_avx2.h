@@ -1,0 +1,102 @@
+// AVX2, FMA and F16C: eight lanes.
+#ifndef ANYBIT_VEC_H
+#define ANYBIT_VEC_H
+
+#include <immintrin.h>
+
+static constexpr int LANES = 8;
+static constexpr bool VECTORS = true;  // registers, worth tiling for
+
+typedef __m256 F;
+typedef __m256i I;
+struct Lut { __m256 low, high; };
+
+static inline F f_zero() { return _mm256_setzero_ps(); }
+static inline F f_set(float a) { return _mm256_set1_ps(a); }
+static inline F f_load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void f_store(float* p, F a) { _mm256_storeu_ps(p, a); }
+static inline F f_add(F a, F b) { return _mm256_add_ps(a, b); }
+static inline F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
+static inline F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
+static inline F f_div(F a, F b) { return _mm256_div_ps(a, b); }
+static inline F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+static inline float f_sum(F a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline I round_bits_bf16(F a) {  // nearest even, in the upper half of each lane
+  I bits = _mm256_castps_si256(a);
+  I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+}
+static inline F f_round_bf16(F a) {
+  return _mm256_castsi256_ps(_mm256_and_si256(round_bits_bf16(a), _mm256_set1_epi32((int)0xFFFF0000)));
+}
+static inline F f_round_f16(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, 0)); }
+static inline F f_permute(F a, I index) { return _mm256_permutevar8x32_ps(a, index); }
+
+static inline I i_load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline I i_and(I a, I b) { return _mm256_and_si256(a, b); }
+static inline I i_xor(I a, uint32_t b) { return _mm256_xor_si256(a, _mm256_set1_epi32((int)b)); }
+template <int N> static inline I i_right(I a) { return _mm256_srli_epi32(a, N); }
+static inline F f_gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
+static inline F f_of_integers(I a) { return _mm256_cvtepi32_ps(a); }
+
+static inline F f_load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline F f_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline void f_store_bf16(uint16_t* p, F a) {
+  I upper = _mm256_srli_epi32(round_bits_bf16(a), 16);
+  I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+static inline F f_load_u8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+static inline F f_load_i8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+static inline F f_load_e5m2(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
+}
+static inline F f_load_e4m3(const uint8_t* p) {  // the same exponent in half precision, 2**8 too small
+  __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xBFFF))), _mm256_set1_ps(256.0f));
+}
+
+static inline Lut lut_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline F lut_take(const Lut& lut, I index) {  // permutes read three bits; the fourth chooses the half
+  F low = _mm256_permutevar8x32_ps(lut.low, index), high = _mm256_permutevar8x32_ps(lut.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+template <int BITS> static inline I chunk_load(const uint8_t* p) {
+  if constexpr (BITS == 1) return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (BITS == 2) return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (BITS == 4) return _mm256_loadu_si256((const __m256i*)p);
+  // three bytes a lane: 12 of each 16-byte piece; the second piece is read four bytes early to stay inside 24 bytes
+  const __m256i spread = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
+                                          4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15, -1);
+  __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 8));
+  return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), spread);
+}
+
+template <int BITS> static inline I codes_load(const uint8_t* p) {
+  alignas(32) static constexpr struct Tables {
+    int8_t spread[32];
+    int32_t shift[8];
+    constexpr Tables() : spread(), shift() {
+      for (int i = 0; i < 8; i++) {
+        for (int byte = 0; byte < 4; byte++) spread[4 * i + byte] = byte < 2 ? int8_t(BITS * i / 8 + byte) : int8_t(-1);
+        shift[i] = BITS * i % 8;
+      }
+    }
+  } tables;
+  __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  __m256i lanes = _mm256_shuffle_epi8(both, _mm256_load_si256((const __m256i*)tables.spread));
+  return _mm256_srlv_epi32(lanes, _mm256_load_si256((const __m256i*)tables.shift));
+}
+
+#endif

@@ -1,0 +1,92 @@
+// AVX-512 F, BW, DQ and VL: sixteen lanes, and a table of sixteen floats in one register.
+#ifndef ANYBIT_VEC_H
+#define ANYBIT_VEC_H
+
+#include <immintrin.h>
+
+static constexpr int LANES = 16;
+static constexpr bool VECTORS = true;  // registers, worth tiling for
+
+typedef __m512 F;
+typedef __m512i I;
+typedef __m512 Lut;
+
+static inline F f_zero() { return _mm512_setzero_ps(); }
+static inline F f_set(float a) { return _mm512_set1_ps(a); }
+static inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void f_store(float* p, F a) { _mm512_storeu_ps(p, a); }
+static inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+static inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float f_sum(F a) { return _mm512_reduce_add_ps(a); }
+static inline I round_bits_bf16(F a) {  // nearest even, in the upper half of each lane
+  I bits = _mm512_castps_si512(a);
+  I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+}
+static inline F f_round_bf16(F a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(round_bits_bf16(a), _mm512_set1_epi32((int)0xFFFF0000)));
+}
+static inline F f_round_f16(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, 0)); }
+static inline F f_permute(F a, I index) { return _mm512_permutexvar_ps(index, a); }
+
+static inline I i_load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+static inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
+static inline I i_xor(I a, uint32_t b) { return _mm512_xor_si512(a, _mm512_set1_epi32((int)b)); }
+template <int N> static inline I i_right(I a) { return _mm512_srli_epi32(a, N); }
+static inline F f_gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
+static inline F f_of_integers(I a) { return _mm512_cvtepi32_ps(a); }
+
+static inline F f_load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+static inline F f_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline void f_store_bf16(uint16_t* p, F a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bits_bf16(a), 16)));
+}
+static inline F f_load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+static inline F f_load_i8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+static inline F f_load_e5m2(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 8));
+}
+static inline F f_load_e4m3(const uint8_t* p) {  // the same exponent in half precision, 2**8 too small
+  __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xBFFF))), _mm512_set1_ps(256.0f));
+}
+
+static inline Lut lut_load(const float* p) { return _mm512_loadu_ps(p); }
+static inline F lut_take(Lut lut, I index) { return _mm512_permutexvar_ps(index, lut); }
+
+template <int BITS> static inline I chunk_load(const uint8_t* p) {
+  if constexpr (BITS == 1) return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (BITS == 2) return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  if constexpr (BITS == 4) return _mm512_loadu_si512(p);
+  // three bytes a lane: twelve to each 128 bits first, then each three to a lane
+  const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+  const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, _mm512_maskz_loadu_epi32(0x0FFF, p)), spread);
+}
+
+template <int BITS> static inline I codes_load(const uint8_t* p) {
+  alignas(64) static constexpr struct Tables {
+    int8_t spread[64];
+    int32_t shift[16];
+    constexpr Tables() : spread(), shift() {
+      for (int i = 0; i < 16; i++) {
+        for (int byte = 0; byte < 4; byte++) spread[4 * i + byte] = byte < 2 ? int8_t(BITS * i / 8 + byte) : int8_t(-1);
+        shift[i] = BITS * i % 8;
+      }
+    }
+  } tables;
+  __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  __m512i lanes = _mm512_shuffle_epi8(all, _mm512_load_si512(tables.spread));
+  return _mm512_srlv_epi32(lanes, _mm512_load_si512(tables.shift));
+}
+
+#endif

@@ -1,0 +1,162 @@
+"""The shared library of the CPU kernels: finding it, choosing an instruction-set level, calling it.
+
+A plain C ABI through ctypes; calls release the GIL. Threads are torch's own: on Linux the OpenMP runtime that torch has
+loaded is handed to the library as a function pointer, so there is no second pool. ANYBIT_CPU_ISA=scalar|avx2|avx512 forces a
+level.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anybit.errors import InvalidOption, did_you_mean
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
+
+
+class Parameter(ctypes.Structure):
+    """`anybit_parameter` of grid.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "down", "row_stride", "width", "inverted", "negated")]
+
+
+class Shape(ctypes.Structure):
+    """`anybit_shape` of grid.h: constant for a prepared weight, so it is built once."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_bytes", "bits", "levels", "group", "compute")),
+        *((name, Parameter) for name in ("scale", "zero", "offset")),
+    ]
+
+
+class Tensors(ctypes.Structure):
+    """`anybit_tensors` of grid.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "table", "scale", "zero", "offset", "permutation")]
+
+
+class Product(ctypes.Structure):
+    """`anybit_product` of grid.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x_kind", "n", "x_row", "x_column")),
+        ("bias", ctypes.c_void_p),
+        ("bias_kind", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("y_kind", "y_row", "accumulate")),
+    ]
+
+
+def library_path() -> Path:
+    """Where the build puts the library."""
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    return Path(__file__).with_name("libanybit_cpu" + suffix)
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    path = library_path()
+    if not path.exists():
+        return (
+            "the native CPU kernels are not built; with a C++17 compiler (g++ or clang++) at hand, reinstall anybit: "
+            "python -m pip install --force-reinstall --no-deps --no-binary anybit anybit (in a source tree: pip install -e .)"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} cannot be loaded ({error}); reinstall anybit on this machine"
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.anybit_levels.argtypes, library.anybit_levels.restype = [ctypes.POINTER(ctypes.c_char_p), integer], integer
+    library.anybit_use_level.argtypes, library.anybit_use_level.restype = [ctypes.c_char_p], integer
+    library.anybit_use_gomp.argtypes, library.anybit_use_gomp.restype = [pointer], None
+    library.anybit_linear.argtypes, library.anybit_linear.restype = [pointer, pointer, pointer, integer], integer
+    library.anybit_decode.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] + [integer] * 3
+    library.anybit_decode.restype = None
+    library.anybit_use_gomp(_gomp_parallel())
+    try:
+        wanted = os.environ.get(LEVEL_VARIABLE)
+        _use_level(library, wanted if wanted else _levels(library)[-1])
+    except InvalidOption as error:
+        return str(error)
+    return library
+
+
+def _gomp_parallel() -> int | None:
+    """GOMP_parallel of the OpenMP runtime that torch itself runs on, whatever its file is called."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:  # a look-up in libtorch_cpu also searches the libraries it was linked with
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_library.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _levels(library: ctypes.CDLL) -> list[str]:
+    names = (ctypes.c_char_p * 16)()
+    count = library.anybit_levels(names, 16)
+    return [name.decode() for name in names[:count] if name is not None]
+
+
+def _use_level(library: ctypes.CDLL, name: str) -> None:
+    known = _levels(library)
+    if library.anybit_use_level(name.encode()) == 0:
+        raise InvalidOption(
+            f"{LEVEL_VARIABLE}={name!r}{did_you_mean(name, known)}: this machine and this build run {', '.join(known)}"
+        )
+
+
+def why_not() -> str | None:
+    """Why the library cannot be used, or None."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def library() -> ctypes.CDLL:
+    found = _load()
+    if isinstance(found, str):
+        raise InvalidOption(found)
+    return found
+
+
+def levels() -> list[str]:
+    """Instruction-set levels that this machine and this build run, slowest first."""
+    return _levels(library())
+
+
+def use_level(name: str) -> None:
+    """Run at this level from now on, in the whole process."""
+    _use_level(library(), name)
+
+
+def linear(shape: Shape, tensors: Tensors, x: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool = False) -> None:
+    """y [n, rows] = x [n, columns] @ W.T + bias; x of any strides, y with adjacent columns."""
+    product = Product(
+        x.data_ptr(), KINDS[x.dtype], x.shape[0], x.stride(0), x.stride(1),
+        None if bias is None else bias.data_ptr(), 0 if bias is None else KINDS[bias.dtype],
+        y.data_ptr(), KINDS[y.dtype], y.stride(0), accumulate,
+    )  # fmt: skip
+    failed = library().anybit_linear(
+        ctypes.byref(shape), ctypes.byref(tensors), ctypes.byref(product), torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError(f"no memory for the inputs of a product, {tuple(x.shape)} in float32")
+
+
+def decode(shape: Shape, tensors: Tensors, out: Tensor, first: int = 0, index: Tensor | None = None) -> Tensor:
+    """Rows of the weight into out [count, columns], in the order of the codes: those of `index`, or from `first` on."""
+    library().anybit_decode(
+        ctypes.byref(shape), ctypes.byref(tensors), None if index is None else index.data_ptr(), first, out.shape[0],
+        out.data_ptr(), KINDS[out.dtype], out.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

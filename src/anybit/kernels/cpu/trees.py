@@ -1,0 +1,389 @@
+"""Which weight trees the native kernels read, and how: a tree becomes a small program over the tensors it was made of.
+
+Codes stay where and as they are: the kernels read the canonical packing. What is added are a few small tensors (scales
+that are grids themselves, unpacked zeros), so a weight costs hardly more than its bytes and `restore` is exact for nothing.
+Only act-order columns are moved, so that a group is a run again; the way back is kept.
+
+A program is plain data, part of the kernel's spec:
+    {"grid": ...}                                  one Grid
+    {"rows": [...]} {"columns": [...]}             parts above or beside each other
+    {"stack": [...]}                               one program per expert
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybit.weight import Weight, levels, nodes
+from anybit.weight.nodes import Node
+from anybit.weight.packing import row_bytes
+
+# the enumerations of csrc/grid.h
+COMPUTE = {"float32": 0, "bfloat16": 1, "float16": 2}
+UNSIGNED, SIGNED, TABLE, E4M3, E5M2 = range(5)
+_FLOAT_PARAMETERS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.int8: 5}
+_E8M0 = 6
+_ONE_FOR_ALL = 1 << 40  # rows that share a parameter, when all do
+
+
+class Refused(Exception):
+    """Why a tree is not one of ours."""
+
+
+@dataclass
+class Slot:
+    """A tensor of the prepared weight: position in the list, and bytes from one expert to the next."""
+
+    position: int
+    stride: int = 0
+
+
+@dataclass
+class Parameter:
+    """`anybit_parameter`, and where its numbers are."""
+
+    kind: int
+    slot: Slot
+    down: int
+    row_stride: int
+    width: int
+    inverted: bool = False
+    negated: bool = False
+
+
+@dataclass
+class Grid:
+    """`anybit_shape`, and where its tensors are."""
+
+    rows: int
+    columns: int
+    row_bytes: int
+    bits: int
+    levels: int
+    group: int
+    compute: int
+    codes: Slot
+    inputs: int  # columns of x; the codes may have more, filled up, or be cut
+    table: Slot | None = None
+    scale: Parameter | None = None
+    zero: Parameter | None = None
+    offset: Parameter | None = None
+    permutation: Slot | None = None
+
+
+class Workspace:
+    """The prepared tensors as they grow: the weight's own first, then what is derived from them.
+
+    On the meta device nothing is derived from numbers; then only the question "is this tree ours?" is answered.
+    """
+
+    def __init__(self, weight: Weight):
+        self.tensors = [tensor.detach().contiguous() for tensor in weight.tensors]
+        self.own = len(self.tensors)
+        self.meta = any(tensor.device.type == "meta" for tensor in self.tensors)
+        self.moved: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # slot of codes -> (moved codes, place of each column) an expert
+        self._position = {id(tensor): number for number, tensor in enumerate(weight.tensors)}
+
+    def own_slot(self, tensor: Tensor, stacked: bool) -> Slot:
+        stride = tensor.numel() // tensor.shape[0] * tensor.element_size() if stacked else 0
+        return Slot(self._position[id(tensor)], stride)
+
+    def add(self, tensor: Tensor, stacked: bool = False) -> Slot:
+        tensor = tensor.contiguous()
+        self.tensors.append(tensor)
+        return Slot(len(self.tensors) - 1, tensor[0].numel() * tensor.element_size() if stacked else 0)
+
+
+# --- programs ------------------------------------------------------------------------------------------------------------
+
+
+def program_of(tree: Node, space: Workspace) -> dict[str, Any]:
+    """The program of a tree; Refused if there is none."""
+    match tree:
+        case nodes.Stack(parts=parts):
+            return {"stack": [program_of(part, space) for part in parts]}
+        case nodes.Rows(parts=parts):
+            return {"rows": [program_of(part, space) for part in parts]}
+        case nodes.Columns(parts=parts):
+            return {"columns": [program_of(part, space) for part in parts]}
+    if len(tree.shape) == 3 and _has_group_index(tree):
+        raise Refused("a stack of experts with an order of columns each; a matrix of that kind is accepted")
+    return {"grid": _grid_of(tree, space)}
+
+
+def _has_group_index(tree: Node) -> bool:
+    match tree:
+        case nodes.Grid(group_index=torch.Tensor()):
+            return True
+        case nodes.Permute():
+            return tree.index.dim() == 2 or _has_group_index(tree.child)
+        case nodes.Crop() | nodes.View():
+            return _has_group_index(tree.child)
+    return False
+
+
+def _grid_of(tree: Node, space: Workspace) -> Grid:
+    match tree:
+        case nodes.Grid():
+            return _plain(tree, space)
+        case nodes.Permute(child=nodes.Grid(group_index=None) as child, index=index):
+            order = space.add(index.to(torch.int32)) if not space.meta else Slot(0)
+            return replace(_plain(child, space), permutation=order)
+        case nodes.Crop(child=nodes.Grid(group_index=None) | nodes.View() as child, rows=rows, columns=columns):
+            return replace(_grid_of(child, space), rows=rows, columns=columns, inputs=columns)
+        case nodes.View(child=nodes.Grid(group_index=None) as child, rows=rows, columns=columns):
+            return _viewed(child, rows, columns, space)
+    inside = f" of {type(tree.child).__name__}" if isinstance(getattr(tree, "child", None), Node) else ""  # type: ignore[attr-defined]
+    raise Refused(f"the tree is a {type(tree).__name__}{inside}, not a grid of codes")
+
+
+def _plain(node: nodes.Grid, space: Workspace) -> Grid:
+    rows, columns = node.shape[-2:]
+    bits, kind, codes, table = _codes(node, space)
+    width = _common_width(node, columns)
+    group = node.block[1] if width > 1 else columns
+    grid = Grid(rows, columns, row_bytes(columns, bits), bits, kind, group, _compute(node), codes, columns, table)
+    select: Callable[[Tensor], Tensor] | None = None
+    if node.group_index is not None and width > 1:
+        select = _in_runs(node, grid, width, space)
+    elif group % 8 and group < columns:
+        raise Refused(f"groups of {group} columns; only multiples of 8 are read")
+    for name in ("scale", "zero", "offset"):
+        part = getattr(node, name)
+        if part is not None:
+            setattr(grid, name, _parameter(part, name, node.block[0], space, select))
+    return grid
+
+
+def _compute(node: nodes.Grid) -> int:
+    if node.compute not in COMPUTE:
+        raise Refused(f"arithmetic in {node.compute}")
+    return COMPUTE[node.compute]
+
+
+def _common_width(node: nodes.Grid, columns: int) -> int:
+    """Groups of a row: 1 if no parameter varies along it."""
+    parts = [part for part in (node.scale, node.zero, node.offset) if part is not None]
+    widths = {part.shape[-1] for part in parts} - {1}
+    if len(widths) > 1:
+        raise Refused(f"parameters of {sorted(widths)} groups a row")
+    return widths.pop() if widths else 1
+
+
+# --- codes -----------------------------------------------------------------------------------------------------------------
+
+
+def _codes(node: nodes.Grid, space: Workspace) -> tuple[int, int, Slot, Slot | None]:
+    """(bits, kind of levels, codes, table)."""
+    own = node.codes
+    stacked = len(node.shape) == 3
+    if isinstance(own, nodes.Values):
+        if own.tensor.dtype not in (torch.int8, torch.uint8) or own.levels or own.negated or own.inverted:
+            raise Refused(f"codes kept as {own.tensor.dtype} values; only bytes are read")
+        slot, bits, signed = space.own_slot(own.tensor, own.tensor.dim() == 3), 8, own.tensor.dtype == torch.int8
+        packed = own.tensor
+    elif isinstance(own, nodes.Codes):
+        if own.bits > 8:
+            raise Refused(f"codes of {own.bits} bits; 1 to 8 are read")
+        slot, bits, signed, packed = space.own_slot(own.packed, own.packed.dim() == 3), own.bits, own.signed, own.packed
+    else:
+        raise Refused(f"codes that are a {type(own).__name__}")
+    if node.levels is None:
+        return bits, SIGNED if signed else UNSIGNED, slot, None
+    if signed:
+        raise Refused("signed codes that name entries of a table")
+    if isinstance(node.levels, Tensor):
+        return bits, TABLE, slot, _stored_table(node.levels, bits, stacked, space)
+    if levels.BITS[node.levels] > bits:
+        raise Refused(f"{bits}-bit codes of the {levels.BITS[node.levels]}-bit table {node.levels}")
+    if levels.BITS[node.levels] < bits:
+        raise Refused(f"{bits}-bit codes of the smaller table {node.levels}")
+    if node.levels == "e5m2":
+        return bits, E5M2, slot, None
+    if node.levels == "e4m3" and (space.meta or not _has_nan(packed)):
+        return bits, E4M3, slot, None
+    return bits, TABLE, slot, space.add(levels.table(node.levels)) if not space.meta else Slot(0)
+
+
+def _has_nan(codes: Tensor) -> bool:
+    """Whether any e4m3 byte is NaN: the quick reading of these bytes would make a number of it."""
+    flat = codes.reshape(-1)
+    return any(bool(((piece & 0x7F) == 0x7F).any()) for piece in flat.split(1 << 22))
+
+
+def _stored_table(table: Tensor, bits: int, stacked: bool, space: Workspace) -> Slot:
+    if table.shape[-1] > 1 << bits:
+        raise Refused(f"a table of {table.shape[-1]} entries for {bits}-bit codes")
+    if space.meta:
+        return Slot(0)
+    full = torch.nn.functional.pad(table.to(torch.float32), (0, (1 << bits) - table.shape[-1]))
+    return space.add(full, table.dim() == 2 and stacked)
+
+
+# --- parameters --------------------------------------------------------------------------------------------------------------
+
+
+def _parameter(
+    node: Node, name: str, down: int, space: Workspace, select: Callable[[Tensor], Tensor] | None
+) -> Parameter:
+    kind, slot, shape, inverted, negated = _numbers(node, name, space, select)
+    high, wide = shape[-2:]
+    return Parameter(kind, slot, down if high > 1 else _ONE_FOR_ALL, wide if high > 1 else 0, wide, inverted, negated)
+
+
+def _numbers(
+    node: Node, name: str, space: Workspace, select: Callable[[Tensor], Tensor] | None = None
+) -> tuple[int, Slot, tuple[int, ...], bool, bool]:
+    """(kind, slot, shape, inverted, negated) of a parameter, read as it is stored where the kernels can."""
+    if isinstance(node, nodes.Values) and (name == "scale" or not node.inverted):
+        tensor, kind = node.tensor, _stored_kind(node)
+        if kind is not None:
+            stacked = tensor.dim() == 3
+            if select is not None and tensor.shape[-1] > 1 and not space.meta:
+                tensor = select(tensor)
+                return kind, space.add(tensor, stacked), tuple(tensor.shape), node.inverted, node.negated
+            return kind, space.own_slot(tensor, stacked), tuple(tensor.shape), node.inverted, node.negated
+    if isinstance(node, nodes.Values) and node.inverted and name == "scale":
+        raise Refused(f"a scale to divide by, stored as {node.tensor.dtype}")
+    shape = tuple(node.shape)
+    if space.meta:
+        return 1, Slot(0), shape, False, False
+    numbers = node.dense()
+    if select is not None and numbers.shape[-1] > 1:
+        numbers = select(numbers)
+    kind = 1
+    if name == "zero" and bool(((numbers >= 0) & (numbers <= 255) & (numbers == numbers.round())).all()):
+        numbers, kind = numbers.to(torch.uint8), _FLOAT_PARAMETERS[torch.uint8]
+    return kind, space.add(numbers, numbers.dim() == 3), tuple(numbers.shape), False, False
+
+
+def _stored_kind(node: nodes.Values) -> int | None:
+    if node.levels == "e8m0":
+        return _E8M0 if node.tensor.element_size() == 1 else None
+    return _FLOAT_PARAMETERS.get(node.tensor.dtype) if node.levels is None else None
+
+
+# --- act-order: groups that are no runs of columns ------------------------------------------------------------------------------
+
+
+def _in_runs(node: nodes.Grid, grid: Grid, groups: int, space: Workspace) -> Callable[[Tensor], Tensor] | None:
+    """Move columns until every group is a run of a multiple of eight; returns what that does to parameters, if anything."""
+    if not isinstance(node.codes, nodes.Codes):
+        raise Refused("a group index over codes that are not packed")
+    if space.meta:
+        return None
+    assert node.group_index is not None
+    index = node.group_index.long()
+    counts = torch.bincount(index, minlength=groups)
+    size, last = int(counts.max()), int(index.max())
+    select = None
+    if size % 8 == 0 and bool((counts[:last] == size).all()):
+        order = torch.argsort(index, stable=True)
+        place = torch.argsort(order)
+        grid.group = size
+    else:  # uneven groups: each is filled up to a multiple of eight, and every eight columns get parameters of their own
+        padded = (counts + 7) // 8 * 8
+        starts = padded.cumsum(0) - padded
+        sorted_columns = torch.argsort(index, stable=True)
+        rank = torch.empty_like(index)
+        firsts = counts.cumsum(0) - counts
+        rank[sorted_columns] = torch.arange(len(index)) - firsts[index[sorted_columns]]
+        place = starts[index] + rank
+        order = torch.full((int(padded.sum()),), -1)
+        order[place] = torch.arange(len(index))
+        owners = torch.repeat_interleave(torch.arange(groups), padded // 8)
+        grid.group, grid.columns = 8, len(order)
+
+        def select(numbers: Tensor) -> Tensor:
+            return numbers.index_select(-1, owners)
+
+    codes = replace(node.codes, signed=False).integers()
+    codes = torch.nn.functional.pad(codes, (0, 1)).index_select(-1, torch.where(order < 0, codes.shape[-1], order))
+    moved = space.add(nodes.Codes.of(codes, grid.bits).packed)
+    back = space.add(place.to(torch.int32))
+    space.moved[grid.codes.position] = [(moved.position, back.position)]
+    space.tensors[grid.codes.position] = torch.empty(0, dtype=torch.uint8)
+    grid.codes, grid.row_bytes = moved, row_bytes(grid.columns, grid.bits)
+    grid.permutation = space.add(order.to(torch.int32))
+    return select
+
+
+def restored(
+    structure: str, own: list[Tensor], moved: dict[int, list[tuple[int, int]]], tensors: list[Tensor]
+) -> Weight:
+    """The weight a program was made of."""
+    if not moved:
+        return Weight.build(structure, own)
+    empty = Weight.build(structure, own)
+    position = {id(tensor): number for number, tensor in enumerate(own)}
+    found: dict[int, Tensor] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, nodes.Codes) and position.get(id(node.packed)) in moved:
+            slot = position[id(node.packed)]
+            ((codes, place),) = moved[slot]
+            width = tensors[codes].shape[-1] * 8 // node.bits
+            numbers = nodes.Codes(tensors[codes], node.bits, width).integers()
+            found[slot] = nodes.Codes.of(numbers.index_select(-1, tensors[place].long()), node.bits).packed
+        elif isinstance(node, Node):
+            for value in vars(node).values():
+                for part in value if isinstance(value, tuple) else (value,):
+                    visit(part)
+
+    visit(empty.tree)
+    return Weight.build(structure, [found.get(number, tensor) for number, tensor in enumerate(own)])
+
+
+# --- View: groups over the flattened weight ------------------------------------------------------------------------------------
+
+
+def _viewed(child: nodes.Grid, rows: int, columns: int, space: Workspace) -> Grid:
+    """A grid read as rows of another width: its rows must be whole blocks, or its blocks whole rows."""
+    bits, kind, codes, table = _codes(child, space)
+    high, width = child.shape[-2:]
+    if (high > 1 and width * bits % 8) or (rows > 1 and columns * bits % 8):
+        raise Refused(f"rows of {columns} {bits}-bit codes in rows of {width}: they do not start on a byte")
+    grid = Grid(rows, columns, columns * bits // 8 if rows > 1 else row_bytes(columns, bits), bits, kind, columns,
+                _compute(child), codes, columns, table)  # fmt: skip
+    sizes: set[int] = set()
+    for name in ("scale", "zero", "offset"):
+        part = getattr(child, name)
+        if part is None:
+            continue
+        own_kind, slot, shape, inverted, negated = _numbers(part, name, space)
+        if shape[-2:] == (1, 1):
+            setattr(grid, name, Parameter(own_kind, slot, _ONE_FOR_ALL, 0, 1, inverted, negated))
+            continue
+        size = _run_length(child, shape)
+        sizes.add(size)
+        if columns % size == 0:
+            width_here = columns // size
+            setattr(grid, name, Parameter(own_kind, slot, 1, width_here, width_here, inverted, negated))
+            grid.group = min(grid.group, size)
+        elif size % columns == 0:
+            setattr(grid, name, Parameter(own_kind, slot, size // columns, 1, 1, inverted, negated))
+        else:
+            raise Refused(f"blocks of {size} weights that straddle rows of {columns}")
+    if len(sizes) > 1:
+        raise Refused(f"parameters for blocks of {sorted(sizes)} weights")
+    if grid.group % 8 and grid.group < columns:
+        raise Refused(f"groups of {grid.group} columns; only multiples of 8 are read")
+    return grid
+
+
+def _run_length(child: nodes.Grid, shape: tuple[int, ...]) -> int:
+    """Flat weights per parameter value, values in row-major order."""
+    high, width = child.shape[-2:]
+    down, across = child.block
+    if shape[-1] == 1 and shape[-2] == high and down == 1:
+        return width
+    if shape[-1] > 1 and (high == 1 or (shape[-2] == high and down == 1 and width % across == 0)):
+        return across
+    raise Refused("blocks that are no runs of the flattened weight")
