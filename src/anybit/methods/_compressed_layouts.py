@@ -320,6 +320,8 @@ class FloatLayout(CompressedLayout):
         common = self.common is not None
         return {
             "rule": self.scales,
+            # a zero point of 0 was added, which makes 0.0 of -0.0; not for six bits
+            "zeros": "signed" if self.args.bits == 6 else "below",
             "through": (self.value_dtype(),),
             "quotient": "float32" if common else self.value_dtype(),
         }

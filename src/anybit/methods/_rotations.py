@@ -148,7 +148,8 @@ class Rotations:
         self._hold_stored(model, checkpoint, path_of)
         before: dict[str, list[Turn]] = {}
         after: dict[str, list[Turn]] = {}
-        modules = [(name, module, _classes(module)) for name, module in model.named_modules()]
+        holders = {key.rpartition(".")[0] for key in self.keys}
+        modules = [(name, own, _classes(own)) for name, own in model.named_modules() if name not in holders]
         for use in self.uses:
             for name, module, classes in modules:
                 if not use.matches(name, classes):
