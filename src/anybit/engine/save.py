@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from anybit.containers import Checkpoint, TensorInfo
 from anybit.engine.names import WHOLE, restored_names
 from anybit.engine.write import Arrangement, Job, Spec, side_files, write_checkpoint
-from anybit.errors import InvalidOption, did_you_mean
+from anybit.errors import CheckpointError, InvalidOption, did_you_mean
 from anybit.modules import PackedWeight, TiedLinear
 from anybit.quantizers.checkpoint_config import KEY, read_json
 from anybit.weight.layout import join_name
@@ -55,8 +56,11 @@ def bind(model: Any, prepared: Prepared) -> None:
         "as_stored": prepared.quantizer is None or prepared.quantizer.pre_quantized,
     }
     stored_dtype = _stored_dtype(model._anybit_source["config"])
-    if stored_dtype is not None and stored_dtype != str(prepared.plan.dtype).removeprefix("torch."):
+    same_dtype = stored_dtype == str(prepared.plan.dtype).removeprefix("torch.")
+    if stored_dtype is not None and not same_dtype:
         model._anybit_source["as_stored"] = False
+    # a tensor may be stored in another dtype than config.json says; cast on loading, it goes back into the one it came in
+    model._anybit_source["own_dtypes"] = same_dtype and model._anybit_source["as_stored"]
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     model.dequantize = types.MethodType(_dequantize, model)
     if prepared.quantizer is not None:
@@ -198,11 +202,11 @@ def _dense_jobs(model: nn.Module, plan: Plan) -> list[Job]:
         if entry is not None and entry.parts[0].conversion is None:
             if entry.parts[0].index == WHOLE:
                 part = entry.parts[0]
-                jobs.append(_job(part.stored[part.dense_name].name, tensor, module, own))
+                jobs.append(_job(model, part.stored[part.dense_name], module, own))
             else:
                 jobs += _part_jobs(entry, tensor, module, own)
         elif key in plan.plain and key not in plan.conversions:
-            jobs.append(_job(plan.plain[key][0].name, tensor, module, own))
+            jobs.append(_job(model, plan.plain[key][0], module, own))
         else:
             changed_names.append((module, key, own))
     return jobs + _converted_jobs(model, changed_names)
@@ -223,12 +227,28 @@ def _tensor(module: nn.Module, own: str) -> Any:
     return module._parameters[own] if own in module._parameters else module._buffers[own]
 
 
-def _job(name: str, tensor: Tensor, module: nn.Module, own: str) -> Job:
-    def make() -> dict[str, Tensor]:
-        with _at_hand(module):
-            return {name: _tensor(module, own).detach().cpu()}
+def _job(model: Any, info: TensorInfo, module: nn.Module, own: str) -> Job:
+    """A tensor under its stored name; in its stored dtype when all that happened to it was a cast on loading."""
 
-    return Job(name, {name: _spec(tensor)}, make)
+    def current() -> Tensor:
+        with _at_hand(module):
+            found: Tensor = _tensor(module, own).detach().cpu()
+            return found
+
+    if model._anybit_source["own_dtypes"] and info.dtype != _spec(_tensor(module, own))[0]:
+        stored = _stored(info)
+        if stored is not None and torch.equal(stored.to(_tensor(module, own).dtype), current()):
+            return Job(info.name, {info.name: (info.dtype, tuple(info.shape))}, lambda: {info.name: stored})
+    return Job(info.name, {info.name: _spec(_tensor(module, own))}, lambda: {info.name: current()})
+
+
+def _stored(info: TensorInfo) -> Tensor | None:
+    """A tensor of the checkpoint the model was loaded from, in the file's own memory; None when that is gone."""
+    try:
+        with Checkpoint.open(info.file, allow_pickle=True) as checkpoint:
+            return checkpoint.read(info.name, copy=False) if checkpoint.tensors.get(info.name) == info else None
+    except CheckpointError:
+        return None
 
 
 def _part_jobs(entry: Any, tensor: Tensor, module: nn.Module, own: str) -> list[Job]:
