@@ -4,56 +4,22 @@ a CPU, and then takes the codes for numbers. Headers alone are read.
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
-from anybit.errors import CheckpointError
-from anybit.quantizers.checkpoint_config import read_json
+from anybit.methods._headers import Headers, headers_of
 
 SUFFIX = ".weight_scale_inv"
-LIMIT_HEADER = 100_000_000  # of the safetensors format
 FLOATS, POWERS = ("F32", "BF16", "F16"), ("U8", "F8_E8M0")
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8", "F8_E8M0": "float8_e8m0fnu"}
 
 
 def without_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of a folder whose E4M3 weights have scales beside them; None for any other."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    files = [single] if single.is_file() else []
-    if index.is_file():
-        try:
-            placed = read_json(index).get("weight_map")
-        except CheckpointError:
-            return None  # whoever loads the folder says what is wrong with it
-        if not isinstance(placed, dict) or not any(str(name).endswith(SUFFIX) for name in placed):
-            return None
-        files = sorted({folder / str(file) for file in placed.values() if Path(str(file)).name == str(file)})
-    tensors: dict[str, tuple[str, list[int]]] = {}
-    for file in files:
-        tensors.update(_header(file))
-    return _told_by(tensors)
+    return _told_by(headers_of(folder, SUFFIX))
 
 
-def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Name -> (the format's name of its dtype, shape); empty for a file that cannot be right."""
-    try:
-        with file.open("rb") as opened:
-            (size,) = struct.unpack("<Q", opened.read(8))
-            if size > min(LIMIT_HEADER, file.stat().st_size):
-                return {}
-            header = json.loads(opened.read(size))
-        return {
-            str(name): (str(info["dtype"]), [int(side) for side in info["shape"]])
-            for name, info in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error):
-        return {}
-
-
-def _told_by(tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any] | None:
+def _told_by(tensors: Headers) -> dict[str, Any] | None:
     weights = {name: name.removesuffix(SUFFIX) + ".weight" for name in tensors if name.endswith(SUFFIX)}
     pairs = [
         (tensors[weight][1], *tensors[scale])

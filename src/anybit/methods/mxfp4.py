@@ -7,13 +7,24 @@ alternate between gate and up. Byte b of a scale means 2^(b - 127).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
+from anybit.methods._headers import headers_of
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
+from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import check_flags, check_names
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _mxfp4_layouts as layouts
+    from anybit.weight import Layout, ModuleInfo
+else:
+    layouts = LazyModule("anybit.methods._mxfp4_layouts")
 
 
 @register_quantization_config("mxfp4")
@@ -26,6 +37,7 @@ class Mxfp4Config(QuantizationConfigMixin):
 
     method: ClassVar[str] = "mxfp4"
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mxfp4": {}}
 
     def post_init(self) -> None:
         check_names(self, "modules_to_not_convert")
@@ -34,7 +46,36 @@ class Mxfp4Config(QuantizationConfigMixin):
     def own_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().own_dict().items() if name != "dequantize"}  # never in a file
 
+    @classmethod
+    def found_in(cls, folder: Path, model_config: Mapping[str, Any]) -> dict[str, Any] | None:
+        found = super().found_in(folder, model_config)
+        if found is None and model_config.get("model_type") == "gpt_oss":
+            # transformers saves what it loaded on a CPU without a configuration, and dense numbers under the packed names
+            headers = headers_of(folder, "_proj_blocks")
+            found = {"quant_method": cls.method} if headers else None
+        return found
+
 
 @register_quantizer("mxfp4")
 class Mxfp4HfQuantizer(HfQuantizer):
     """MXFP4's layout."""
+
+    layouts_available = True
+    default_algorithm = "minifloat"
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        layout = layouts.layout_of(module, stored)
+        if isinstance(layout, layouts.DenseBlocksLayout):
+            self.decide("dense numbers under the name of packed ones, as transformers saves them on a CPU", module.name)
+        return layout
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if module.kind != "experts" or not module.class_name.startswith("GptOss"):
+            self.skip_reasons[module.name] = "MXFP4 is the format of GPT-OSS' experts, and of nothing else"
+            return None
+        pattern = matching_pattern(module.name.rpartition(".")[0], self.modules_to_not_convert)
+        if pattern is not None:
+            self.skip_reasons[module.name] = f"{pattern!r} is among the modules not to convert"
+        elif module.shape[-1] % layouts.GROUP:
+            self.skip_reasons[module.name] = f"{module.shape[-1]} inputs are no multiple of {layouts.GROUP}"
+        return layouts.Mxfp4Layout(module.shape, module.dtype) if self.should_convert(module) else None

@@ -58,7 +58,7 @@ def peak_of_load(path: Path) -> tuple[int, int, int]:
     done = subprocess.run([sys.executable, "-c", _CHILD, str(path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     peak, packed, largest, coverage = json.loads(done.stdout.splitlines()[-1])
-    assert coverage > 0.9, f"only {coverage:.0%} of the weights are packed"
+    assert coverage > 0.8, f"only {coverage:.0%} of the weights are packed"
     return peak, packed, largest
 
 
