@@ -802,3 +802,93 @@ def test_a_cache_is_rounded_whoever_passes_it():
     _, keywords = hook(module, (x,), {"past_key_values": seen})
     assert keywords["past_key_values"].length == 7
     assert replace(Arguments(), bits=4).bits == 4
+
+
+# --- experts -------------------------------------------------------------------------------------------------------------------
+
+MOE = CHECKPOINTS / "w4a16-g32-qwen3moe"
+
+
+def mixtral(folder):
+    """A small dense Mixtral, under the names of its published checkpoints."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=32,
+        num_local_experts=2, num_experts_per_tok=1, dtype=torch.bfloat16,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_mixtral_under_its_names_and_under_llmcompressors(renamed, tmp_path):
+    """llmcompressor 0.14 on transformers 5 writes experts.N.gate_proj where Mixtral has w1, which transformers cannot load."""
+    config = CompressedTensorsConfig(config_groups={"g": group({"num_bits": 8, "group_size": 32})}, ignore=["lm_head"])
+    quantize(mixtral(tmp_path / "dense"), tmp_path / "made", config)
+
+    def rename(tensors):
+        for name in list(tensors):
+            for old, new in ((".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")):
+                if renamed and old in name:
+                    tensors[name.replace(old, new)] = tensors.pop(name)
+
+    source = edited(tmp_path / "made", tmp_path / "renamed", rename)
+    ids = torch.tensor([[1, 7, 3, 9]])
+    with torch.no_grad():
+        ours, wanted = load(source)(ids).logits.float(), load(tmp_path / "dense")(ids).logits.float()
+    assert (ours - wanted).abs().max() < 0.05 * wanted.abs().max()
+    load(source).save_pretrained(tmp_path / "again")
+    stored, again = (load_file(path / "model.safetensors") for path in (source, tmp_path / "again"))
+    assert sorted(stored) == sorted(again)
+
+
+@pytest.mark.parametrize("scheme", ["ct-fp8-dynamic", "ct-w8a8"])
+def test_experts_keep_the_quantization_of_their_inputs(scheme, tmp_path):
+    """transformers 5.23 decompresses experts into fused parameters and forgets that their inputs are quantized."""
+    dequantize(MOE, tmp_path / "dense")
+    options = {**CompressedTensorsConfig.schemes[scheme], "ignore": ["lm_head", "re:.*mlp.gate$"]}
+    quantize(tmp_path / "dense", tmp_path / "made", CompressedTensorsConfig(**options))
+    experts = load(tmp_path / "made", dtype=torch.float32).model.layers[0].mlp.experts
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    activation = experts.down_proj.quantized_weight.activation
+    assert activation.granularity == "token"
+    args = Arguments.of(
+        completed_arguments(
+            "x",
+            CompressedTensorsConfig(**options).config_groups[next(iter(options["config_groups"]))]["input_activations"],
+        )
+    )
+    ours = experts.down_proj.grouped(x, torch.tensor([0, 1, 3, 3]))
+    dense = experts.down_proj.dequantize(torch.float32)
+    rounded = quantized(x, args)
+    wanted = torch.cat([rounded[:1] @ dense[1].T, rounded[1:] @ dense[2].T])
+    assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours[:1], x[:1] @ dense[1].T, rtol=1e-4, atol=1e-5)
+
+
+def test_static_scales_of_experts(tmp_path):
+    dequantize(MOE, tmp_path / "dense")
+    config = CompressedTensorsConfig(
+        config_groups={"g": group({"num_bits": 8, "type": "float", "strategy": "channel"})},
+        ignore=["lm_head", "re:.*mlp.gate$"],
+    )
+    quantize(tmp_path / "dense", tmp_path / "made", config)
+
+    def scales(tensors):
+        for number, name in enumerate(sorted(name for name in tensors if name.endswith("weight_scale"))):
+            # gate and up see the same input, so their scales are the same
+            value = 0.01 * (1 + number) if "experts" in name and "down" in name else 0.02
+            tensors[name.replace("weight_scale", "input_scale")] = torch.tensor([value], dtype=torch.bfloat16)
+
+    def static(stored):
+        stored["quantization_config"]["config_groups"]["g"]["input_activations"] = {"num_bits": 8, "type": "float"}
+
+    source = edited(tmp_path / "made", tmp_path / "static", scales, static)
+    experts = load(source, dtype=torch.float32).model.layers[0].mlp.experts
+    found = [experts.down_proj.quantized_weight.select(expert).activation["input_scale"].item() for expert in range(4)]
+    assert len(set(found)) == 4
+    load(source).save_pretrained(tmp_path / "again")
+    stored, again = (load_file(path / "model.safetensors") for path in (source, tmp_path / "again"))
+    assert all(torch.equal(again[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in stored.items())

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Index = tuple["int | None", "int | None"]  # (expert, position among the rows); None where a weight is not cut that way
 WHOLE: Index = (None, None)
+# llmcompressor on transformers 5 takes experts apart under the class's new names, where the checkpoint's own are these
+OLDER_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_EXPERT = re.compile(r"(\.experts\.\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
 @dataclass
@@ -172,7 +175,8 @@ class Names:
     def _find_part(self, key: str) -> tuple[str, Index] | None:
         renamed, converter, pattern = self.rename(key)
         if renamed not in self.slots:
-            return None
+            older = _EXPERT.sub(lambda match: f"{match[1]}.{OLDER_NAMES[match[2]]}.weight", key)
+            return self._find_part(older) if older != key else None
         if converter is None:
             return renamed, WHOLE
         if not _keeps_parts(converter):
