@@ -22,7 +22,7 @@ VENDORS = (
 OPTIONAL = ("triton", "hypothesis", "pytest", "matplotlib", "ray", "peft", "datasets", "gguf", "sentencepiece")
 
 CHILD = f"""
-import builtins, importlib, pkgutil, sys
+import builtins, importlib.machinery, importlib.util, pkgutil, sys
 
 VENDORS, OPTIONAL = {VENDORS!r}, {OPTIONAL!r}
 sys.modules.update(dict.fromkeys(VENDORS))  # None: for other libraries they are not installed
@@ -41,6 +41,9 @@ imported, absent = [], []
 for item in pkgutil.walk_packages(anybit.__path__, "anybit."):
     if item.name.endswith("__main__"):
         continue
+    spec = importlib.util.find_spec(item.name)
+    if isinstance(spec.loader, importlib.machinery.ExtensionFileLoader):
+        continue  # a plain shared library, loaded by ctypes
     try:
         importlib.import_module(item.name)
         imported.append(item.name)

@@ -58,8 +58,8 @@ def methods() -> list[MethodInfo]:
         found.append(
             MethodInfo(
                 name, config.__name__ if config else "", quantizer.__name__, summary, quantizer.layouts_available,
-                quantizer.requires_calibration, *(bool(own.get(capability)) for capability in CAPABILITIES),
-                int(own.get("checkpoints", 0)),
+                quantizer.requires_calibration, checkpoints=int(own.get("checkpoints", 0)),
+                **{capability: bool(own.get(capability)) for capability in CAPABILITIES},
             )
         )  # fmt: skip
     return found

@@ -101,8 +101,8 @@ class ModelLaws:
             wanted = dense.state_dict()[entry.slot.parameter].float()
             ours = layer.dequantize(torch.float32)
             ours = ours.T if ours.shape != wanted.shape else ours
-            error = ((ours - wanted).norm() / wanted.norm()).item()
-            assert error < self.creation_error, f"{entry.slot.module}: relative error {error:.3f}"
+            relative = ((ours - wanted).norm() / wanted.norm()).item()
+            assert relative < self.creation_error, f"{entry.slot.module}: relative error {relative:.3f}"
         with torch.no_grad():
             assert torch.isfinite(model(golden.reference["input_ids"]).logits).all()
 
