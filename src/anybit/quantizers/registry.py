@@ -168,7 +168,7 @@ def _each(table: Mapping[str, Any], modules: Iterable[str]) -> Iterator[Any]:
     for module in (None, *modules):
         if module is not None:
             importlib.import_module(f"{METHODS_PACKAGE}.{module}")
-        for cls in [cls for cls in table.values() if cls not in seen]:
+        for cls in [cls for cls in dict.fromkeys(table.values()) if cls not in seen]:
             seen[cls] = None
             yield cls
 
