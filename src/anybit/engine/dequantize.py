@@ -22,6 +22,9 @@ from anybit.quantizers.attachments import detach
 from anybit.quantizers.checkpoint_config import KEY
 from anybit.weight.layout import join_name
 
+# keys of a model configuration that say it is quantized
+QUANTIZED = (KEY, "compression_config", "quantization")
+
 
 def dequantize(
     src: str | os.PathLike[str],
@@ -68,18 +71,20 @@ def dequantize(
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     """A model configuration without any quantization of it or of its parts."""
-    keys = {KEY, "compression_config", "quantization"}
     return {
         name: without_quantization(value) if isinstance(value, dict) and name.endswith("config") else value
         for name, value in config.items()
-        if name not in keys
+        if name not in QUANTIZED
     }
 
 
 def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.device, fold: Fold | None) -> Job:
     """The dense weight of one stored unit, under the name and in the orientation it has in a dense checkpoint."""
     assert part.layout is not None
-    name = part.prefix if entry.slot.kind == "experts" and part.index == WHOLE else join_name(part.prefix, "weight")
+    if "*" in part.dense_prefix:
+        return _dense_experts_job(ready, entry, part, device, fold)
+    whole = entry.slot.kind == "experts" and part.index == WHOLE
+    name = part.dense_prefix if whole else join_name(part.dense_prefix, "weight")
     turned = entry.slot.transposed and part.index == WHOLE
     shape = part.layout.shape
     shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
@@ -93,6 +98,24 @@ def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.d
 
     specs: dict[str, Spec] = {name: (str(dtype).removeprefix("torch."), tuple(shape))}
     return Job(part.prefix, specs, make)
+
+
+def _dense_experts_job(
+    ready: Prepared, entry: Entry, part: PlannedPart, device: torch.device, fold: Fold | None
+) -> Job:
+    """The dense weights of a unit that holds all experts, each under its own name."""
+    assert part.layout is not None
+    experts, *shape = part.layout.shape
+    names = [join_name(part.dense_prefix.replace("*", str(expert)), "weight") for expert in range(experts)]
+    dtype = ready.plan.dtype
+
+    def make() -> dict[str, Tensor]:
+        weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+        dense = weight.to_dense(dtype) if fold is None else fold(weight.to_dense(torch.float32)).to(dtype)
+        ready.checkpoint.release()
+        return {name: dense[expert].cpu() for expert, name in enumerate(names)}
+
+    return Job(part.prefix, dict.fromkeys(names, (str(dtype).removeprefix("torch."), tuple(shape))), make)
 
 
 def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -145,6 +168,8 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
         detach(model, quantizer.attached)
     if dtype is not None:
         model.to(dtype)
+    for key in QUANTIZED[1:]:
+        config.__dict__.pop(key, None)
     for attribute in ("save_pretrained", "dequantize", "anybit_plan", "_anybit_source"):
         model.__dict__.pop(attribute, None)
     if quantizer is not None:

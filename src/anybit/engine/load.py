@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from anybit.engine.source import locate, read_quantizer
 from anybit.errors import InvalidOption, did_you_mean
 from anybit.modules import PackedWeight
 from anybit.quantizers.base import HfQuantizer
+from anybit.weight import Layout, Weight
 
 TRIM_EVERY_BYTES = 32 << 20
 Progress = Callable[[str, int, int], None]  # (module, bytes done, bytes in all)
@@ -142,7 +144,7 @@ def prepare(
         wanted = quantizer.update_dtype(wanted)
     model = skeleton.build(config, auto_class, dtype=wanted, **model_options)
     slots = skeleton.slots(model)
-    names = Names(model, slots)
+    names = Names(model, slots, quantizer.other_names) if quantizer is not None else Names(model, slots)
     if quantizer is not None:
         quantizer.attach(model, checkpoint, names.path_of)
         names.state = dict(model.state_dict())
@@ -156,12 +158,18 @@ def place(prepared: Prepared, device_map: Any, max_memory: Mapping[Any, Any] | N
     """Put packed layers without numbers into the model, and decide which device each weight gets."""
     for entry in prepared.plan.entries:
         if entry.action != "dense":
-            schemes = [part.layout.scheme() for part in entry.parts if part.layout is not None]
+            schemes = [_scheme(part.layout) for part in entry.parts if part.layout is not None]
             attach_packed(prepared.model, entry, schemes)
     placement = devices.place(prepared.model, device_map, max_memory)
     for entry in prepared.plan.entries:
         entry.device = str(placement.device_of(entry.slot.module))
     return placement
+
+
+@functools.lru_cache(maxsize=1024)
+def _scheme(layout: Layout) -> Weight:
+    """The layout's scheme; a model has thousands of weights and few different layouts."""
+    return layout.scheme()
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -73,9 +73,9 @@ def read_dense(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoin
     for part in entry.parts:
         tensor = checkpoint.read(part.stored[part.dense_name].name)
         own = full if part.index[0] is None else full[experts[part.index[0]]]
-        start = filled[part.index[0]]
-        own[start : start + tensor.shape[0]] = tensor
-        filled[part.index[0]] = start + tensor.shape[0]
+        start, rows = filled[part.index[0]], tensor.shape[-2]
+        own[..., start : start + rows, :] = tensor
+        filled[part.index[0]] = start + rows
     return full
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,14 @@ class Conversion:
 
 @dataclass
 class Part:
-    """Stored tensors of one unit of a weight: relative name -> stored name. `prefix`: the unit's checkpoint name."""
+    """Stored tensors of one unit of a weight: relative name -> stored name. `prefix`: the unit's checkpoint name.
+
+    `dense`: what checkpoints of transformers call the unit, where that is another name; with "*" it is all experts of a stack.
+    """
 
     prefix: str
     stored: dict[str, str] = field(default_factory=dict)
+    dense: str | None = None
 
 
 @dataclass
@@ -80,9 +84,11 @@ class Sorted:
 
 
 class Names:
-    """The names of one model class."""
+    """The names of one model class. `other_names`: a stored name -> names it may be placed by (see `HfQuantizer`)."""
 
-    def __init__(self, model: nn.Module, slots: dict[str, Slot]):
+    def __init__(
+        self, model: nn.Module, slots: dict[str, Slot], other_names: Callable[[str], Sequence[str]] = lambda stored: ()
+    ):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -91,6 +97,7 @@ class Names:
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.state: dict[str, Any] = dict(model.state_dict())
         self.slots = slots
+        self.other_names = other_names
         self.base_model_prefix = model.base_model_prefix
         self._modules = {name for name, _ in model.named_modules()}
         self._parts: dict[str, tuple[str, Index] | None] = {}
@@ -110,8 +117,8 @@ class Names:
                     continue
             place = self._place(key, renamed)
             if place is not None:
-                slot, index, prefix, relative = place
-                found.parts.setdefault(slot, {}).setdefault(index, Part(prefix)).stored[relative] = key
+                slot, index, prefix, relative, dense = place
+                found.parts.setdefault(slot, {}).setdefault(index, Part(prefix, dense=dense)).stored[relative] = key
             elif renamed in self.state and converter is None:
                 found.plain[renamed] = key
             elif renamed in self.state:
@@ -146,10 +153,25 @@ class Names:
                 return candidate
         return None
 
-    def _place(self, key: str, renamed: str) -> tuple[str, Index, str, str] | None:
-        """(slot, index, prefix, relative name), or None: an ordinary tensor, or one the model does not have."""
+    def _place(self, key: str, renamed: str) -> tuple[str, Index, str, str, str | None] | None:
+        """(slot, index, prefix, relative name, name of the dense unit if it has another one).
+
+        None: an ordinary tensor, or one the model does not have.
+        """
         if renamed in self.state and renamed not in self.slots:
             return None
+        place = self._place_as(key)
+        if place is not None:
+            return *place, None
+        for other in self.other_names(key):
+            place = self._place_as(other)
+            if place is not None:
+                slot, index, dense, relative = place
+                return slot, index, key.removesuffix(relative).rstrip("."), relative, dense
+        return None
+
+    def _place_as(self, key: str) -> tuple[str, Index, str, str] | None:
+        """(slot, index, prefix, relative name) of a name that checkpoints of transformers could have."""
         pieces = key.split(".")
         for cut in range(len(pieces), 0, -1):
             prefix, relative = ".".join(pieces[:cut]), ".".join(pieces[cut:])
@@ -185,11 +207,11 @@ class Names:
         if "*" in pattern:
             from transformers.core_model_loading import apply_renamings
 
-            wanted = re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+)")
+            wanted = re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+|\*)")
             numbers = re.search(wanted, apply_renamings(key, self.renamings))
             if numbers is None:
                 return None
-            expert = int(numbers.group(1))
+            expert = int(numbers.group(1)) if numbers.group(1) != "*" else None
         position = converter.source_patterns.index(pattern) if len(converter.source_patterns) > 1 else None
         return renamed, (expert, position)
 

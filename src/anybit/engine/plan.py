@@ -30,7 +30,8 @@ OVERHEAD_BYTES = 24 << 20
 class PlannedPart:
     """One stored unit of a weight: its checkpoint name, where it belongs, and its tensors by relative name.
 
-    `conversion`: how a dense unit is made of the stored tensors, if it is not simply one of them.
+    `conversion`: how a dense unit is made of the stored tensors, if it is not simply one of them. `dense_prefix`: what
+    checkpoints of transformers call the unit; with "*" for the number of the expert where one unit has all of them.
     """
 
     prefix: str
@@ -38,6 +39,11 @@ class PlannedPart:
     stored: Mapping[str, TensorInfo]
     layout: Layout | None
     conversion: Conversion | None = None
+    own_dense_prefix: str | None = None
+
+    @property
+    def dense_prefix(self) -> str:
+        return self.own_dense_prefix or self.prefix
 
     @property
     def dense_name(self) -> str:
@@ -272,7 +278,10 @@ def _parts_of(slot: Slot, sorted_names: Sorted, checkpoint: Checkpoint) -> list[
         return [PlannedPart(slot.module, WHOLE, stored, None, conversion)]
     found = sorted_names.parts.get(slot.parameter, {})
     order = sorted(found, key=lambda index: (-1 if index[0] is None else index[0], index[1] or 0))
-    return [PlannedPart(found[index].prefix, index, infos(found[index]), None) for index in order]
+    return [
+        PlannedPart(found[index].prefix, index, infos(found[index]), None, own_dense_prefix=found[index].dense)
+        for index in order
+    ]
 
 
 class _Builder:
@@ -354,9 +363,11 @@ def module_info(slot: Slot, part: PlannedPart, parts: list[PlannedPart], dtype: 
     if part.index == WHOLE:
         name = part.prefix if slot.kind == "experts" else slot.module
         return ModuleInfo(name, slot.kind, slot.shape, target, slot.has_bias, slot.class_name, slot.transposed)
-    *_, rows, columns = slot.shape
-    positions = len({other.index[1] for other in parts})
-    return ModuleInfo(part.prefix, "linear", (rows // positions, columns), target, slot.has_bias, "Linear")
+    *lead, rows, columns = slot.shape
+    rows //= len({other.index[1] for other in parts})
+    if part.index[0] is None and slot.kind == "experts":
+        return ModuleInfo(part.prefix, "experts", (*lead, rows, columns), target, slot.has_bias, slot.class_name)
+    return ModuleInfo(part.prefix, "linear", (rows, columns), target, slot.has_bias, "Linear")
 
 
 _DENSE = {"float16", "bfloat16", "float32", "float64"}

@@ -16,7 +16,7 @@ from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, Plan
 from anybit.engine.write import Job, Spec, side_files, write_checkpoint
 from anybit.errors import ConfigError
-from anybit.quantizers.checkpoint_config import KEY, read_json
+from anybit.quantizers.checkpoint_config import read_json
 from anybit.weight.layout import join_name
 
 Fold = Callable[[Tensor], Tensor]  # float32 -> float32 of one shape
@@ -61,13 +61,17 @@ def quantize(
             jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in stored_of(entry)]
     for infos in ready.plan.plain.values():
         jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in infos]
-    config = source_config(ready)
-    config[KEY] = ready.quantizer.quantization_config.to_dict()
+    config = ready.quantizer.model_config(source_config(ready))
     if not keep:
         config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
+    jobs = _once(jobs)
+    layouts = {
+        part.prefix: part.layout for entry in ready.plan.entries for part in entry.parts if part.layout is not None
+    }
+    metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
     write_checkpoint(
-        dst, _once(jobs), config, max_shard_size=max_shard_size, copy_from=side_files(ready.folder), force=force,
-        progress=progress,
+        dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=side_files(ready.folder),
+        force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return ready.plan

@@ -111,8 +111,9 @@ def save(
     if generation is not None and model.can_generate() and not (folder / "generation_config.json").is_file():
         extra["generation_config.json"] = generation.to_json_string(use_diff=True).encode()
     return write_checkpoint(
-        target, jobs, _config(model), like=source["arrangement"], max_shard_size=max_shard_size,
-        copy_from=side_files(folder) if folder.is_dir() else (), extra_files=extra, force=force, merge=True,
+        target, jobs, _config(model), like=source["arrangement"], metadata=_metadata(model, jobs),
+        max_shard_size=max_shard_size, copy_from=side_files(folder) if folder.is_dir() else (), extra_files=extra,
+        force=force, merge=True,
     )  # fmt: skip
 
 
@@ -146,8 +147,23 @@ def _config(model: Any) -> bytes | Mapping[str, Any]:
     config.pop(KEY, None)
     if quantizer is not None:
         stored = (source["config"] or {}).get(KEY)
-        config[KEY] = stored if stored is not None else quantizer.quantization_config.to_dict()
+        config = {**config, KEY: stored} if stored is not None else quantizer.model_config(config)
     return config
+
+
+def _metadata(model: Any, jobs: list[Job]) -> dict[str, str] | None:
+    """What the headers of new files say; None for a model that is not quantized."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    layouts = {
+        part.prefix or name: part.layout
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+        for part in module.parts
+    }
+    found: dict[str, str] = quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
+    return found
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------------
@@ -258,14 +274,14 @@ def _part_jobs(entry: Any, tensor: Tensor, module: nn.Module, own: str) -> list[
     jobs = []
     for part in entry.parts:
         info = part.stored[part.dense_name]
-        start, rows = taken[part.index[0]], info.shape[0]
+        start, rows = taken[part.index[0]], info.shape[-2]
         taken[part.index[0]] = start + rows
 
         def make(part: Any = part, name: str = info.name, start: int = start, rows: int = rows) -> dict[str, Tensor]:
             with _at_hand(module):
                 whole = _tensor(module, own).detach()
                 matrix = whole if part.index[0] is None else whole[experts[part.index[0]]]
-                return {name: matrix[start : start + rows].cpu()}
+                return {name: matrix[..., start : start + rows, :].cpu()}
 
         jobs.append(Job(info.name, {info.name: (_spec(tensor)[0], tuple(info.shape))}, make))
     return jobs

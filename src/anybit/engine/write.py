@@ -52,6 +52,7 @@ def write_checkpoint(
     config: Mapping[str, Any] | bytes,
     *,
     like: Arrangement | None = None,
+    metadata: Mapping[str, str] | None = None,
     max_shard_size: int | str | None = None,
     copy_from: Iterable[Path] = (),
     extra_files: Mapping[str, bytes] | None = None,
@@ -61,8 +62,9 @@ def write_checkpoint(
 ) -> Path:
     """Write weights, config.json and side files to the folder `target`, atomically; returns it.
 
-    `like`: lay the same tensors out as they were, unless `max_shard_size` says otherwise. Raises FileExistsError unless
-    `force`; with `merge`, a folder that holds no model yet (a tokenizer, say) is added to. Nothing is left behind on any error.
+    `like`: lay the same tensors out as they were, unless `max_shard_size` says otherwise; else headers say `metadata`.
+    Raises FileExistsError unless `force`; with `merge`, a folder that holds no model yet (a tokenizer, say) is added to.
+    Nothing is left behind on any error.
     """
     specs: dict[str, Spec] = {}
     for job in jobs:
@@ -75,8 +77,8 @@ def write_checkpoint(
     if merge and target.is_dir() and not _holds_model(target):
         inside = target / ".anybit-new"
         write_checkpoint(
-            inside, jobs, config, like=like, max_shard_size=max_shard_size, copy_from=copy_from, extra_files=extra_files,
-            force=True, progress=progress,
+            inside, jobs, config, like=like, metadata=metadata, max_shard_size=max_shard_size, copy_from=copy_from,
+            extra_files=extra_files, force=True, progress=progress,
         )  # fmt: skip
         # config.json makes it a model, so it comes last
         for file in sorted(inside.iterdir(), key=lambda file: file.name == "config.json"):
@@ -89,7 +91,7 @@ def write_checkpoint(
             folder,
             specs,
             max_shard_size=max_shard_size or "5GB",
-            metadata=dict(like.metadata) if same and like is not None else {"format": "pt"},
+            metadata=dict(like.metadata) if same and like is not None else dict(metadata or {"format": "pt"}),
             files=like.files if same and like is not None else None,
             shrinking=shrinking,
         ) as writer:

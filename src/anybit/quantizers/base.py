@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, did_you_mean
@@ -162,6 +162,22 @@ class HfQuantizer:
         return list(names)
 
     # --- what the engine asks ---
+
+    def other_names(self, stored: str) -> Sequence[str]:
+        """What transformers' own checkpoints may call a tensor that this format stores under a name of its own.
+
+        For a stack of experts under one name, "*" stands for the expert's number. Both names end alike.
+        """
+        return ()
+
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json of a checkpoint made with this quantizer, from that of the dense model."""
+        return {**config, "quantization_config": self.quantization_config.to_dict()}
+
+    def file_metadata(self, layouts: Mapping[str, Layout], names: Iterable[str]) -> dict[str, str]:
+        """What the headers of a new checkpoint's files say. `layouts`: of its packed weights by their names in it;
+        `names`: of all its tensors."""
+        return {"format": "pt"}
 
     def skipped_modules(self) -> Sequence[str] | None:
         """Patterns of modules the configuration leaves dense; None for the default ones."""
