@@ -1,7 +1,8 @@
-"""Module names against patterns that come from files: regular expressions, but never exponential or polynomial in time.
+"""Module names against patterns that come from files: regular expressions, but never exponential in time.
 
-A pattern with at most two unbounded repeats, not nested, is safe for `re`: its time is at most cubic in a name's length.
-Everything else runs on a matcher that keeps the set of positions reached, as an automaton does, under a step budget.
+A pattern with at most two repeats, each of a run of fixed length, and few alternatives is safe for `re`: its time is at most
+cubic in a name's length. Everything else runs on a matcher that keeps the set of positions reached, as an automaton does,
+under a step budget.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ with warnings.catch_warnings():
 LIMIT_PATTERN = 2048
 LIMIT_NAME = 1024
 LIMIT_STEPS = 500_000
+LIMIT_CHOICES = (1000, 1000, 8)  # ways through the alternatives, by number of repeats
 BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+LEADING_FLAGS = re.compile(r"\(\?[ims]+\)")
 
 
 def should_convert_module(full_name: str, patterns: Iterable[str] | None = None) -> bool:
@@ -59,52 +62,78 @@ class SafePattern:
             )
         try:
             self._tree = _parser.parse(pattern)
-            self._plain = _is_safe(self._tree)
-            self._re = re.compile(f"(?:{pattern})") if self._plain else None
-            self._re_boundary = re.compile(f"(?:{pattern}){BOUNDARY}") if self._plain else None
+            flags = self._tree.state.flags
+            inner = LEADING_FLAGS.sub("", pattern, count=1) if LEADING_FLAGS.match(pattern) else pattern
+            plain = _is_safe(self._tree) and not flags & re.VERBOSE
+            self._re = re.compile(f"(?:{inner})", flags) if plain else None
+            self._re_boundary = re.compile(f"(?:{inner}){BOUNDARY}", flags) if plain else None
         except (re.error, OverflowError, RecursionError) as error:
             raise InvalidOption(f"module pattern {pattern!r} is not a valid regular expression: {error}") from error
 
     def starts(self, text: str, boundary: bool = False) -> bool:
         """Like `re.match`; with `boundary`, the match must end at a dot or at the end of the name."""
+        _check_length(text)
         if self._re is not None and self._re_boundary is not None:
-            return (self._re_boundary if boundary else self._re).match(text[:LIMIT_NAME]) is not None
-        ends = _Run(self.pattern, text, self._tree.state.flags).ends(self._tree, {0})
+            return (self._re_boundary if boundary else self._re).match(text) is not None
+        ends = self._ends(text, {0})
         return any(not boundary or end == len(text) or "." in text[max(end - 1, 0) : end + 1] for end in ends)
 
     def searches(self, text: str) -> bool:
         """Like `re.search`."""
+        _check_length(text)
         if self._re is not None:
-            return self._re.search(text[:LIMIT_NAME]) is not None
-        return bool(_Run(self.pattern, text, self._tree.state.flags).ends(self._tree, set(range(len(text) + 1))))
+            return self._re.search(text) is not None
+        return bool(self._ends(text, set(range(len(text) + 1))))
 
     def covers(self, text: str) -> bool:
         """Like `re.fullmatch`."""
-        if self._re is not None:
-            return self._re.fullmatch(text[:LIMIT_NAME]) is not None
-        return len(text) in _Run(self.pattern, text, self._tree.state.flags).ends(self._tree, {0})
+        _check_length(text)
+        return self._re.fullmatch(text) is not None if self._re is not None else len(text) in self._ends(text, {0})
+
+    def _ends(self, text: str, starts: set[int]) -> set[int]:
+        return _Run(self.pattern, text, self._tree.state.flags).ends(self._tree, starts)
+
+
+def _check_length(text: str) -> None:
+    if len(text) > LIMIT_NAME:
+        raise InvalidOption(f"a module name has {len(text)} characters, more than {LIMIT_NAME}: {text[:60]!r}...")
 
 
 def _is_safe(tree: Any) -> bool:
-    return _repeats(tree) is not None and _repeats(tree) <= 2  # type: ignore[operator]
+    """Whether backtracking through the pattern stays cheap."""
+    weight = _weigh(tree)
+    return weight is not None and weight[0] < len(LIMIT_CHOICES) and weight[1] <= LIMIT_CHOICES[weight[0]]
 
 
-def _repeats(tree: Any) -> int | None:
-    """Number of unbounded (or long) repeats; None when one contains another."""
-    total = 0
+def _weigh(tree: Any) -> tuple[int, int] | None:
+    """(repeats, ways through the alternatives); None when a repeat's body could be cut up in several ways."""
+    repeats, choices = 0, 1
     for code, argument in tree:
-        inner = 0
-        for child in _subtrees(argument):
-            found = _repeats(child)
-            if found is None:
+        inner = [_weigh(child) for child in _subtrees(argument)]
+        if None in inner:
+            return None
+        repeats += sum(weight[0] for weight in inner if weight is not None)
+        ways = [weight[1] for weight in inner if weight is not None]
+        if code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
+            least, most, body = argument
+            if most > 1 and not _has_fixed_length(body):
                 return None
-            inner += found
-        if code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT) and argument[1] > 1:
-            if inner:
-                return None
-            inner = 1
-        total += inner
-    return total
+            repeats += int(most > 1 and least != most)
+            choices *= 1 + ways[0] if most <= 1 else 1
+        else:
+            choices *= max(sum(ways), 1)
+        if choices > LIMIT_CHOICES[0]:
+            return None
+    return repeats, choices
+
+
+def _has_fixed_length(tree: Any) -> bool:
+    """Whether the node is a run of single characters."""
+    single = (_codes.LITERAL, _codes.NOT_LITERAL, _codes.ANY, _codes.IN)
+    return (
+        all(code in single or (code is _codes.SUBPATTERN and _has_fixed_length(argument[3])) for code, argument in tree)
+        and len(tree) > 0
+    )
 
 
 def _subtrees(argument: Any) -> list[Any]:
@@ -119,8 +148,6 @@ class _Run:
     """One match of one text: every node maps a set of start positions to the set of end positions."""
 
     def __init__(self, pattern: str, text: str, flags: int):
-        if len(text) > LIMIT_NAME:
-            raise InvalidOption(f"a module name has {len(text)} characters, more than {LIMIT_NAME}: {text[:60]!r}...")
         self.pattern, self.text, self.flags, self.steps = pattern, text, flags, 0
 
     def ends(self, nodes: Sequence[Any], positions: set[int]) -> set[int]:
@@ -142,7 +169,11 @@ class _Run:
         if code is _codes.BRANCH:
             return set().union(*(self.ends(branch, positions) for branch in argument[1]))
         if code is _codes.SUBPATTERN:
-            return self.ends(argument[3], positions)
+            _, added, removed, nodes = argument
+            before, self.flags = self.flags, (self.flags | added) & ~removed
+            reached = self.ends(nodes, positions)
+            self.flags = before
+            return reached
         if code is getattr(_codes, "ATOMIC_GROUP", None):
             return self.ends(argument, positions)
         if code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
