@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,8 +91,14 @@ def test_copies_share_nothing_and_agree(nf4: Any) -> None:
     next(module for module in twin.modules() if isinstance(module, PackedWeight)).packed[0].data.zero_()
     assert not torch.equal(logits_of(twin), wanted)
     assert torch.equal(logits_of(nf4), wanted)
-    twin.save_pretrained  # noqa: B018 - bound to the copy, not to the original
-    assert twin.save_pretrained.__self__ is twin
+    assert twin.save_pretrained.args == (twin,)  # bound to the copy, not to the original
+
+
+def test_models_survive_pickling(nf4: Any, tmp_path: Path) -> None:
+    again = pickle.loads(pickle.dumps(nf4))
+    assert torch.equal(logits_of(again), logits_of(nf4))
+    again.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (NF4 / "model.safetensors").read_bytes()
 
 
 def test_a_state_dict_has_the_checkpoints_names(nf4: Any) -> None:

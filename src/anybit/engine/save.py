@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,9 @@ def bind(model: Any, prepared: Prepared) -> None:
         model._anybit_source["as_stored"] = False
     # a tensor may be stored in another dtype than config.json says; cast on loading, it goes back into the one it came in
     model._anybit_source["own_dtypes"] = same_dtype and model._anybit_source["as_stored"]
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
-    model.dequantize = types.MethodType(_dequantize, model)
+    # partial objects, not bound methods: those would be looked up on the model's class when a copy is unpickled
+    model.save_pretrained = functools.partial(_save_pretrained, model)
+    model.dequantize = functools.partial(_dequantize, model)
     if prepared.quantizer is not None:
         prepared.quantizer.dequantizer = _dequantize
 
