@@ -22,7 +22,7 @@ from anybit._lazy import torch
 from anybit.errors import NotRepresentable
 from anybit.weight import levels as tables
 from anybit.weight import nodes, packing
-from anybit.weight.weight import Weight
+from anybit.weight.weight import Weight, row_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,18 +121,18 @@ def largest(matrix: Tensor, block: tuple[int, int], casts: tuple[torch.dtype, ..
     """
     rows, columns = matrix.shape
     down, across = min(block[0], rows), min(block[1], columns)
-    found = torch.empty(-(-rows // down), -(-columns // across), device=matrix.device)
-    for start, stop in _chunks(rows, columns, down):
+    found = torch.zeros(-(-rows // down), -(-columns // across), device=matrix.device)
+    for start, stop in row_chunks(rows, columns, CHUNK):
         piece = _cast(matrix[start:stop], casts).abs().to(torch.float32)
-        piece = torch.nn.functional.pad(piece, (0, -columns % across, 0, (start - stop) % down))
-        highest = piece.view(-1, down, piece.shape[1] // across, across).amax((1, 3))
+        highest = torch.nn.functional.pad(piece, (0, -columns % across)).unflatten(1, (-1, across)).amax(-1)
         if not bool(torch.isfinite(highest).all()):
-            row, column = torch.nonzero(~torch.isfinite(_cast(matrix[start:stop], casts)))[0].tolist()
+            row, column = torch.nonzero(~torch.isfinite(piece))[0].tolist()
             raise NotRepresentable(
                 f"the weight holds {matrix[start + row, column].item()} at row {start + row}, column {column}, for which a "
                 "block has no scale. Mend the weight, or leave the module out"
             )
-        found[start // down : start // down + len(highest)] = highest
+        own = (torch.arange(start, stop, device=matrix.device) // down)[:, None].expand_as(highest)
+        found.scatter_reduce_(0, own, highest, "amax")
     return found
 
 
@@ -140,12 +140,6 @@ def _cast(piece: Tensor, casts: tuple[torch.dtype, ...]) -> Tensor:
     for dtype in casts:
         piece = piece.to(dtype)
     return piece
-
-
-def _chunks(rows: int, columns: int, down: int) -> list[tuple[int, int]]:
-    """Row ranges that start where blocks do."""
-    step = max(1, CHUNK // max(columns * down, 1)) * down
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
@@ -231,9 +225,9 @@ def fill(
         by = found.scale if found.common is None else found.scale * found.common
     packed = torch.empty(rows, packing.row_bytes(columns, grid.codes.bits), dtype=torch.uint8, device=matrix.device)
     rounded = getattr(torch, quotient)
-    for start, stop in _chunks(rows, columns, down):
+    for start, stop in row_chunks(rows, columns, CHUNK):
         piece = _cast(matrix[start:stop], casts).to(torch.float32)
-        own = by[start // down : -(-stop // down)].repeat_interleave(down, 0)[: stop - start]
+        own = by.index_select(0, torch.arange(start, stop, device=matrix.device) // down)
         piece = torch.nn.functional.pad(piece, (0, -columns % across)).unflatten(1, (-1, across))
         own = own.unsqueeze(-1)
         numbers = (piece / own).masked_fill_(own == 0, 0) if divide else piece * own

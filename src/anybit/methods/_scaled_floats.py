@@ -231,7 +231,7 @@ class NvFp4Layout(ScaledFloatLayout):
     def write_scale(self, scale: Any) -> dict[str, Tensor]:
         return {
             self.scale_name: _as(scale.codes.packed, self.scale_dtype).reshape(self.scale_spec()),
-            self.common_name: scale.scale.tensor.reshape(*self.shape[:-2], *self.common_shape),
+            self.common_name: scale.scale.tensor.reshape((*self.shape[:-2], *self.common_shape)),
         }
 
     def scales(self, largest: Tensor) -> minifloat.Scales:

@@ -6,13 +6,22 @@ Experts lie input first: gate_up_proj [experts, in, 2*inner] with gate_up_proj_s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
+from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import check_names, check_type
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _fbgemm_layouts as layouts
+    from anybit.weight import Layout, ModuleInfo
+else:
+    layouts = LazyModule("anybit.methods._fbgemm_layouts")
 
 
 @register_quantization_config("fbgemm_fp8")
@@ -25,6 +34,7 @@ class FbgemmFp8Config(QuantizationConfigMixin):
 
     method: ClassVar[str] = "fbgemm_fp8"
     loading_attributes: ClassVar[tuple[str, ...]] = ("activation_scale_ub",)
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fbgemm-fp8": {}}
 
     def post_init(self) -> None:
         check_type(self, "activation_scale_ub", float, int)
@@ -34,3 +44,19 @@ class FbgemmFp8Config(QuantizationConfigMixin):
 @register_quantizer("fbgemm_fp8")
 class FbgemmFp8HfQuantizer(HfQuantizer):
     """FBGEMM's layouts."""
+
+    layouts_available = True
+    default_algorithm = "minifloat"
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        return layouts.layout_of(module, stored, self.quantization_config.activation_scale_ub)
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        pattern = matching_pattern(module.name, self.modules_to_not_convert)
+        reason = f"{pattern!r} is among the modules not to convert" if pattern is not None else None
+        reason = reason or layouts.stays_dense(module)
+        if reason is not None:
+            self.skip_reasons.setdefault(module.name, reason)
+        if not self.should_convert(module):
+            return None
+        return layouts.layout_for(module, self.quantization_config.activation_scale_ub)

@@ -80,7 +80,8 @@ def enlarged_checkpoint(
     small = prepared(golden)
     config = json.loads((golden.path / "config.json").read_text())
     config.update({name: value for name, value in sizes.items() if name in config or name == "head_dim"})
-    config.pop("layer_types", None)
+    for name in ("layer_types", "no_rope_layers", "moe_layers"):  # lists with an entry for each layer
+        config.pop(name, None)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     for file in golden.path.glob("*.json"):
