@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 import anybit
-from anybit.errors import CalibrationNeeded, CheckpointError, ConfigError, CorruptFile, InvalidOption, UnknownMethod
+from anybit.errors import (
+    CalibrationNeeded,
+    CheckpointError,
+    ConfigError,
+    CorruptFile,
+    InvalidOption,
+    MissingDependency,
+    UnknownMethod,
+)
 from anybit.quantizers import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -345,6 +353,19 @@ def test_huge_json_is_not_read(tmp_path):
 def test_neither_a_folder_nor_a_hub_id(name):
     with pytest.raises(CheckpointError, match="neither a folder or file here nor a hub id"):
         AutoQuantizationConfig.from_pretrained(name)
+
+
+def test_a_hub_id_that_is_not_cached(tmp_path):
+    with pytest.raises(CheckpointError, match="'owner/name' is no folder here, and the hub could not be asked for it"):
+        AutoQuantizationConfig.from_pretrained("owner/name", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_missing_package_comes_with_its_pip_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="Install it: pip install huggingface_hub") as caught:
+        AutoQuantizationConfig.from_pretrained("owner/name")
+    assert isinstance(caught.value, MissingDependency)
+    assert "reading 'owner/name' from the hub needs the package 'huggingface_hub'" in str(caught.value)
 
 
 def test_several_gguf_models_in_one_folder(tmp_path):
