@@ -294,8 +294,8 @@ class _Builder:
         self._chosen: dict[Any, tuple[Choice, int]] = {}
 
     def entry(self, slot: Slot, parts: list[PlannedPart]) -> Entry:
-        parts = [replace(part, layout=self.layout(slot, part, parts)) for part in parts]
         _check_complete(slot, parts)
+        parts = [replace(part, layout=self.layout(slot, part, parts)) for part in parts]
         packed = [part for part in parts if part.layout is not None]
         if packed and len(packed) < len(parts):  # an expert stack is packed whole or not at all
             dense = next(part.prefix for part in parts if part.layout is None)

@@ -7,6 +7,7 @@ model never touches packed bytes: they are not numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +63,10 @@ class PackedWeight(nn.Module):
         for number, weight in enumerate(weights):
             for name, tensor in weight.extras.items():
                 self._hold(f"{_EXTRA}{number}_{name.replace('.', '|')}", tensor)
-        self._prepare(joined([part.index for part in parts], weights), kernel)
+        on_meta = weights[0].device.type == "meta"
+        indexes = tuple(part.index for part in parts)
+        whole = _scheme(tuple(part.layout for part in parts), indexes) if on_meta else joined(indexes, weights)
+        self._prepare(whole, kernel)
 
     def _prepare(self, weight: Weight, kernel: Kernel | None = None) -> None:
         kernel = kernel or choose(weight, weight.device).kernel
@@ -214,6 +218,12 @@ def joined(indexes: Sequence[Index], weights: Sequence[Weight]) -> Weight:
         by_expert.setdefault(expert, []).append(weight)
     rows = [join_rows(own) for own in by_expert.values()]
     return rows[0] if None in by_expert else stack(rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _scheme(layouts: tuple[Layout, ...], indexes: tuple[Index, ...]) -> Weight:
+    """`joined` of what layouts promise. Layers of a model repeat each other, and may have hundreds of parts."""
+    return joined(indexes, [layout.scheme() for layout in layouts])
 
 
 def _split(parts: tuple[Part, ...], weight: Weight) -> list[Weight]:
