@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from anybit.engine.source import locate, read_quantizer
 from anybit.errors import InvalidOption, did_you_mean
 from anybit.modules import PackedWeight
 from anybit.quantizers.base import HfQuantizer
-from anybit.weight import Layout, Weight
 from anybit.weight import Layout, Weight
 
 TRIM_EVERY_BYTES = 32 << 20
@@ -166,12 +164,6 @@ def place(prepared: Prepared, device_map: Any, max_memory: Mapping[Any, Any] | N
     for entry in prepared.plan.entries:
         entry.device = str(placement.device_of(entry.slot.module))
     return placement
-
-
-@functools.lru_cache(maxsize=1024)
-def _scheme(layout: Layout) -> Weight:
-    """The layout's scheme; a model has thousands of weights and few different layouts."""
-    return layout.scheme()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -364,7 +364,7 @@ def module_info(slot: Slot, part: PlannedPart, parts: list[PlannedPart], dtype: 
         name = part.prefix if slot.kind == "experts" else slot.module
         return ModuleInfo(name, slot.kind, slot.shape, target, slot.has_bias, slot.class_name, slot.transposed)
     *lead, rows, columns = slot.shape
-    rows //= len({other.index[1] for other in parts})
+    rows //= (parts[-1].index[1] or 0) + 1  # they are in order
     if part.index[0] is None and slot.kind == "experts":
         return ModuleInfo(part.prefix, "experts", (*lead, rows, columns), target, slot.has_bias, slot.class_name)
     return ModuleInfo(part.prefix, "linear", (rows, columns), target, slot.has_bias, "Linear")
