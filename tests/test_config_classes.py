@@ -59,8 +59,8 @@ def test_unknown_arguments_name_the_closest(cls):
         example(cls, **{typo: 1})
     message = str(caught.value)
     assert f"{cls.__name__} has no option {typo!r}; did you mean " in message
-    assert all(name in message for name in known)
-    with pytest.raises(ValueError, match=r"has no option 'zzzz'\. Options"):
+    assert f"? Options: {', '.join(known)}" in message
+    with pytest.raises(ValueError, match=r"has no option 'zzzz'\. Options: "):
         example(cls, zzzz=1)
 
 

@@ -38,9 +38,8 @@ class UnknownMethod(ConfigError):
 
     def __init__(self, method: object, known: Iterable[str]):
         names = sorted(known)
-        super().__init__(
-            f"unknown quantization method {method!r}{did_you_mean(str(method), names)}. Supported methods: {', '.join(names)}"
-        )
+        closest = did_you_mean(str(method), names) or "."
+        super().__init__(f"unknown quantization method {method!r}{closest} Supported methods: {', '.join(names)}")
 
 
 class InvalidOption(ConfigError):

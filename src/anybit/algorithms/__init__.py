@@ -13,8 +13,9 @@ NotRepresentable, naming the node.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from anybit.errors import InvalidOption, did_you_mean
@@ -28,10 +29,18 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
+def accepted(quantize: Callable[..., Weight], options: Mapping[str, object]) -> dict[str, object]:
+    """The options that an algorithm takes, of those a layout offers."""
+    known = inspect.signature(quantize).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
 def get(name: str) -> Callable[..., Weight]:
     """The `quantize` function of the algorithm called `name`; InvalidOption names the closest."""
     known = names()
     if name not in known:
-        raise InvalidOption(f"no algorithm is called {name!r}{did_you_mean(name, known)}. Known: {', '.join(known)}")
+        raise InvalidOption(
+            f"no algorithm is called {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}"
+        )
     quantize: Callable[..., Weight] = importlib.import_module(f"{__name__}.{name}").quantize
     return quantize

@@ -193,7 +193,7 @@ def completed_scheme(name: str, group: Any) -> dict[str, Any]:
         if name.upper() not in PRESETS:
             raise InvalidOption(
                 f"CompressedTensorsConfig: config_groups[{name!r}] only lists targets, so its name must be a preset"
-                f"{did_you_mean(name, PRESETS)}. Presets: {', '.join(PRESETS)}"
+                f"{did_you_mean(name, PRESETS) or '.'} Presets: {', '.join(PRESETS)}"
             )
         group = {"targets": list(group), **PRESETS[name.upper()]}
     if not isinstance(group, dict) or not isinstance(group.get("targets"), list):

@@ -65,7 +65,7 @@ class TorchAoConfig(QuantizationConfigMixin):
             return config_dict
         if name not in LEGACY:
             raise InvalidOption(
-                f"TorchAoConfig: quant_type is {name!r}{did_you_mean(name, LEGACY)}. Known: {', '.join(LEGACY)}"
+                f"TorchAoConfig: quant_type is {name!r}{did_you_mean(name, LEGACY) or '.'} Known: {', '.join(LEGACY)}"
             )
         # the classes of that time were version 1; `layout` was an object of torchao's and cannot be in a file
         data = config_dict.pop("quant_type_kwargs", None) or {}
@@ -100,8 +100,8 @@ def plain_data(quant_type: Any) -> dict[str, Any]:
     name = data["_type"]
     if name not in VERSIONS:
         raise InvalidOption(
-            f"TorchAoConfig: quant_type names {name!r}, which is no configuration of torchao's{did_you_mean(name, VERSIONS)}. "
-            f"Known: {', '.join(VERSIONS)}"
+            f"TorchAoConfig: quant_type names {name!r}, which is no configuration of torchao's"
+            f"{did_you_mean(name, VERSIONS) or '.'} Known: {', '.join(VERSIONS)}"
         )
     return {"_version": VERSIONS[name], "_data": {}, **data}
 

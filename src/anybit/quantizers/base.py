@@ -33,9 +33,9 @@ class HfQuantizer:
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         for name in kwargs:
+            closest = did_you_mean(name, ("quantization_config", "pre_quantized")) or "."
             raise InvalidOption(
-                f"{type(self).__name__} has no option {name!r}{did_you_mean(name, ['quantization_config', 'pre_quantized'])}. "
-                "Options of the method belong into its configuration"
+                f"{type(self).__name__} has no option {name!r}{closest} Options of the method belong into its configuration"
             )
         self.quantization_config = quantization_config
         self.pre_quantized = pre_quantized

@@ -104,7 +104,7 @@ class QuantizationConfigMixin:
         """The error for an option this class does not have; names the closest and lists all."""
         known = parameters_of(cls) or ()
         return InvalidOption(
-            f"{cls.__name__} has no option {name!r}{did_you_mean(name, known)}. Options: {', '.join(known)}"
+            f"{cls.__name__} has no option {name!r}{did_you_mean(name, known) or '.'} Options: {', '.join(known)}"
         )
 
     # --- which file, which quantizer ---
