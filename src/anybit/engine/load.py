@@ -236,13 +236,13 @@ def _mark(model: Any, prepared: Prepared) -> None:
         model.generation_config = GenerationConfig.from_pretrained(prepared.folder)
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     if any(hasattr(module, "grouped") for module in packed):
-        _use_packed_experts(model)
+        use_packed_experts(model)
     bind(model, prepared)
     if quantizer is not None:
         quantizer.postprocess_model(model)
 
 
-def _use_packed_experts(model: Any) -> None:
+def use_packed_experts(model: Any) -> None:
     """Route transformers' experts modules through `experts_forward`."""
     from transformers.integrations import moe
 

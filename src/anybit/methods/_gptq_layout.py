@@ -7,7 +7,7 @@ Codes are one little-endian stream, of qweight along the inputs, of qzeros along
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,9 @@ class GptqLayout(Layout):
     @property
     def groups(self) -> int:
         return -(-self.shape[1] // self.group_size)
+
+    def ordered(self) -> Layout | None:
+        return replace(self, index="columns")
 
     def algorithm_options(self) -> dict[str, object]:
         return {"ranges": partial(ranges, bits=self.bits, symmetric=self.symmetric)}

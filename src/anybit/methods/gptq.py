@@ -162,6 +162,12 @@ class GptqHfQuantizer(HfQuantizer):
 
     layouts_available = True
     default_algorithm = "rtn"
+    calibrated_algorithm = "gptq"
+
+    def calibration_options(self) -> dict[str, Any]:
+        config = self.quantization_config
+        order = "columns" if config.desc_act else "groups" if config.act_group_aware else "natural"
+        return {"damp": config.damp_percent, "order": order}
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)

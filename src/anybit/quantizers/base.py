@@ -19,12 +19,14 @@ class HfQuantizer:
 
     requires_calibration: it cannot be created from weights alone. layouts_available: this class reads the method's tensors;
     False refuses every load in `validate_environment`. default_algorithm: how codes are chosen when the user names no
-    algorithm; the name of a file in `anybit/algorithms`, None for the layout's own.
+    algorithm; the name of a file in `anybit/algorithms`, None for the layout's own. calibrated_algorithm: the same, when there
+    is calibration data.
     """
 
     requires_calibration: ClassVar[bool] = False
     layouts_available: ClassVar[bool] = False
     default_algorithm: ClassVar[str | None] = None
+    calibrated_algorithm: ClassVar[str | None] = None
     is_trainable: bool = True
     is_qat_trainable: bool = False
     is_compileable: bool = True
@@ -228,6 +230,10 @@ class HfQuantizer:
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         """The layout a dense module gets when it is quantized; None to leave it dense (then say why in `skip_reasons`)."""
         return None
+
+    def calibration_options(self) -> dict[str, Any]:
+        """Options of `calibrated_algorithm` that the configuration sets."""
+        return {}
 
     def claims(self, tensor_name: str) -> str | None:
         """Why a stored tensor that belongs to no weight may be ignored; None when it may not."""

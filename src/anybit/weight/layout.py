@@ -70,6 +70,10 @@ class Layout:
         """Stored tensors whose length depends on the numbers (text, say); `specs` then tells the longest they can be."""
         return frozenset()
 
+    def ordered(self) -> Layout | None:
+        """The layout in which an algorithm may choose the order of columns; None if the format has none."""
+        return None
+
     def algorithm_options(self) -> dict[str, object]:
         """Options for `algorithm`, e.g. the vendor's rule for ranges."""
         return {}

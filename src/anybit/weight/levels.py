@@ -9,6 +9,10 @@ e4m3, e5m2       8  OCP FP8 (torch.float8_e4m3fn, torch.float8_e5m2); e4m3fnuz, 
 e8m0             8  OCP MX scale 2**(c - 127); 255 is NaN
 ternary          2  -1, 0, 1 (3 is never written)
 iq4_nl           4  llama.cpp's non-linear 4-bit table
+ue4m3            8  llama.cpp: E4M3 magnitudes, bit 7 of no meaning; 0x7F is 0
+binary           1  -1, 1; eighth: -1/8, 1/8
+from_minus_one   2  -1, 0, 1, 2
+odd              4  1, 3, .. 31; odd_quarters and odd_eighths: a quarter and an eighth of that (llama.cpp's scales)
 """
 
 from __future__ import annotations
@@ -30,6 +34,16 @@ _FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
+_ODD = tuple(range(1, 32, 2))
+_FRACTIONS: dict[str, tuple[float, ...]] = {
+    "binary": (-1, 1),
+    "eighth": (-0.125, 0.125),
+    "from_minus_one": (-1, 0, 1, 2),
+    "odd": _ODD,
+    "odd_quarters": tuple(value / 4 for value in _ODD),
+    "odd_eighths": tuple(value / 8 for value in _ODD),
+}
+
 # 8-bit floats that torch can read itself: a view and a cast beat a table look-up
 _TORCH_FLOAT8 = {
     "e4m3": "float8_e4m3fn",
@@ -43,6 +57,13 @@ BITS = {
     "fp4_bnb": 4,
     "e2m1": 4,
     "iq4_nl": 4,
+    "binary": 1,
+    "eighth": 1,
+    "from_minus_one": 2,
+    "odd": 4,
+    "odd_quarters": 4,
+    "odd_eighths": 4,
+    "ue4m3": 8,
     "ternary": 2,
     "e2m3": 6,
     "e3m2": 6,
@@ -85,6 +106,11 @@ def table(name: str, device: str = "cpu") -> Tensor:
     elif name == "e8m0":
         values = torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)  # 2**-127 is a subnormal
         values[255] = float("nan")
+    elif name in _FRACTIONS:
+        values = torch.tensor(_FRACTIONS[name], dtype=torch.float32)
+    elif name == "ue4m3":
+        values = torch.tensor(_minifloat(4, 3)[:127] + [0.0], dtype=torch.float32).repeat(2)
+        values[255] = 480.0  # only 0x7F itself is read as 0
     elif name in _TORCH_FLOAT8:
         values = torch.arange(256, dtype=torch.uint8).view(getattr(torch, _TORCH_FLOAT8[name])).to(torch.float32)
     else:

@@ -1,0 +1,344 @@
+"""Running a model over calibration text block by block, so that algorithms see the inputs of the layers they quantize.
+
+One decoder block's dense weights are in memory at a time, read from the checkpoint; beside it lie the hidden states of all
+samples. Layers that share an input are quantized together, in the order in which they run, and later ones see the outputs of
+the quantized earlier ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybit.engine.load import Prepared, use_packed_experts
+from anybit.engine.materialize import load_plain, read_dense, set_tensor
+from anybit.engine.plan import Entry
+from anybit.errors import CheckpointError, ConfigError, InvalidOption
+
+SAMPLES, LENGTH, SEED = 128, 512, 0
+
+
+# --- text -> tokens ---------------------------------------------------------------------------------------------------------
+
+
+def calibration_tokens(
+    calibration: Any, tokenizer_folder: Path, *, samples: int = SAMPLES, length: int = LENGTH, seed: int = SEED
+) -> Tensor:
+    """int64 [samples, length] from text, a list of texts, a file (.txt, .jsonl with "text", .parquet) or token ids.
+
+    Texts are joined and cut into rows; `samples` of them are drawn, the same ones for the same `seed`. Fewer rows than asked
+    for are taken as they are; less than one row is an error.
+    """
+    if isinstance(calibration, Tensor):
+        tokens = calibration.to(torch.int64)
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise InvalidOption(f"calibration token ids have the shape {tuple(tokens.shape)}; pass [samples, length]")
+        return tokens
+    texts = _texts(calibration)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{tokenizer_folder} has no tokenizer that transformers can read ({str(error).splitlines()[0]}); pass token ids"
+        ) from error
+    tokenizer.model_max_length = 1 << 62  # whole texts are cut into rows below
+    flat = torch.tensor(
+        [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64
+    )
+    rows = len(flat) // length
+    if rows == 0:
+        raise InvalidOption(
+            f"the calibration text has {len(flat)} tokens, less than one row of {length}. Give more text, or a smaller length"
+        )
+    matrix = flat[: rows * length].view(rows, length)
+    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    return matrix[chosen]
+
+
+def _texts(calibration: Any) -> list[str]:
+    if isinstance(calibration, (str, os.PathLike)):
+        path = Path(calibration)
+        if isinstance(calibration, os.PathLike) or (len(str(calibration)) < 4096 and path.is_file()):
+            return _file(path)
+        return [str(calibration)]
+    if isinstance(calibration, Sequence) and calibration and all(isinstance(item, str) for item in calibration):
+        return list(calibration)
+    raise InvalidOption(
+        f"calibration is {type(calibration).__name__}; pass text, a list of texts, a .txt, .jsonl or .parquet file, or token ids"
+    )
+
+
+def _file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InvalidOption(f"the calibration file {path} does not exist")
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [row.get("text") for row in rows if isinstance(row, dict)]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InvalidOption(f'{path}: every line must be an object with a "text"')
+        return [str(text) for text in texts]
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet  # type: ignore[import-not-found]
+        except ImportError as error:
+            from anybit.errors import MissingDependency
+
+            raise MissingDependency("reading .parquet calibration text", package="pyarrow", extra="datasets") from error
+        return [str(text) for text in parquet.read_table(path, columns=["text"])["text"].to_pylist()]
+    return [path.read_text(encoding="utf-8")]
+
+
+# --- blocks -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Observed:
+    """What calibration saw of one unit: second moment of its inputs float32 [in, in] (times 2 / tokens), and how many."""
+
+    hessian: Tensor
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        total = self.tokens + x.shape[0]
+        if x.shape[0]:
+            self.hessian *= self.tokens / total
+            self.hessian.addmm_(x.T, x, alpha=2 / total)
+        self.tokens = total
+
+
+# quantize(entry, observed per part) -> the dense weight that takes its place, in the model's orientation
+Quantize = Callable[[Entry, list[Observed]], Tensor]
+
+
+class _Stop(Exception):
+    pass
+
+
+@dataclass
+class Calibrator:
+    """Drives a prepared model over tokens. `entries` of a block are handed to `quantize` in the order in which they run."""
+
+    ready: Prepared
+    tokens: Tensor
+    device: torch.device
+    batch: int = 4
+    hidden: list[Tensor] = field(default_factory=list)
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = self.ready.model
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.entry_of = {entry.slot.parameter: entry for entry in self.ready.plan.entries}
+        if any(entry.slot.kind == "experts" for entry in self.ready.plan.entries):
+            use_packed_experts(self.model)  # its forward can be listened to
+
+    def names(self, number: int) -> str:
+        """Path of a block."""
+        return f"{self.prefix}.{number}"
+
+    def entries(self, number: int) -> list[Entry]:
+        """Weights of one block."""
+        start = self.names(number) + "."
+        return [entry for entry in self.ready.plan.entries if entry.slot.parameter.startswith(start)]
+
+    def begin(self) -> None:
+        """Everything before the first block: its inputs, for every batch."""
+        outside = [key for key in self.ready.names.state if not key.startswith(f"{self.prefix}.")]
+        output = self.model.get_output_embeddings()
+        heads = {f"{name}.weight" for name, module in self.model.named_modules() if module is output}
+        for key in outside:
+            if key not in heads and key not in self.ready.plan.tied:
+                self._load(key)
+        self._compute_buffers()
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+            self.hidden.append(hidden)
+            self.arguments.append((tuple(rest), kwargs))
+            raise _Stop
+
+        handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for start in range(0, len(self.tokens), self.batch):
+                try:
+                    self.model(input_ids=self.tokens[start : start + self.batch].to(self.device), use_cache=False)
+                except _Stop:
+                    continue
+                raise ConfigError(
+                    f"{type(self.model).__name__} does not run its blocks {self.prefix}; it cannot be calibrated"
+                )
+        finally:
+            handle.remove()
+        for key in outside:
+            self._drop(key)
+
+    def run(self, number: int, quantize: Quantize) -> None:
+        """Calibrate and quantize one block, then move the samples on through its quantized form."""
+        start = self.names(number) + "."
+        for key in self.ready.names.state:
+            if key.startswith(start):
+                self._load(key)
+        self._compute_buffers()
+        wanted = {entry.slot.parameter: entry for entry in self.entries(number) if entry.action == "quantize"}
+        for group in self._groups(number, wanted):
+            seen = self._observed(group)
+
+            def add(entry: Entry, x: Tensor, expert: int | None, seen: dict[int | None, Observed] = seen) -> None:
+                seen[expert].add(x)
+
+            with _listening(self.model, group[:1], add):  # one input, so one of the layers tells it for all
+                for _ in self._forward(number):
+                    pass
+            for entry in group:
+                dense = quantize(entry, [seen[part.index[0]] for part in entry.parts])
+                set_tensor(self.model, entry.slot.parameter, dense.to(self.ready.plan.dtype), self.device)
+        self.hidden = list(self._forward(number))
+        for key in self.ready.names.state:
+            if key.startswith(start):
+                self._drop(key)
+
+    def _forward(self, number: int) -> Iterator[Tensor]:
+        block = self.blocks[number]
+        for hidden, (args, kwargs) in zip(self.hidden, self.arguments, strict=True):
+            with torch.no_grad():
+                out = block(hidden, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            if not bool(torch.isfinite(out).all()):
+                raise InvalidOption(
+                    f"{self.names(number)} gives numbers that are not finite on the calibration text; use a wider dtype, "
+                    "e.g. dtype='float32'"
+                )
+            yield out
+
+    def _observed(self, group: list[Entry]) -> dict[int | None, Observed]:
+        """A collector for each expert, or the one there is; layers of a group share them."""
+        width = group[0].slot.shape[-1]
+        stack = group[0].slot.kind == "experts"
+        experts: Iterable[int | None] = range(group[0].slot.shape[0]) if stack else (None,)
+        return {expert: Observed(torch.zeros(width, width, device=self.device)) for expert in experts}
+
+    def _groups(self, number: int, wanted: dict[str, Entry]) -> list[list[Entry]]:
+        """Layers with the same input, in the order in which they run; one that does not run comes last, by itself."""
+        order: list[tuple[int, Entry]] = []
+        alive: list[Tensor] = []  # so that no input's address is used again
+
+        def note(entry: Entry, x: Tensor, expert: int | None) -> None:
+            alive.append(x)
+            order.append((x.data_ptr(), entry))
+
+        with _listening(self.model, wanted.values(), note):
+            next(self._forward(number))
+        groups: list[list[Entry]] = []
+        done: set[str] = set()
+        last = None
+        for place, entry in order:
+            if entry.slot.parameter in done:
+                continue
+            done.add(entry.slot.parameter)
+            if place == last and entry.slot.kind != "experts":
+                groups[-1].append(entry)
+            else:
+                groups.append([entry])
+            last = place
+        return groups + [[entry] for key, entry in wanted.items() if key not in done]
+
+    def _load(self, key: str) -> None:
+        plan, checkpoint = self.ready.plan, self.ready.checkpoint
+        entry = self.entry_of.get(key)
+        if entry is not None:
+            set_tensor(self.model, key, read_dense(self.model, entry, plan, checkpoint), self.device)
+        elif key in plan.plain:
+            load_plain(self.model, key, plan, checkpoint, self.device)
+
+    def _drop(self, key: str) -> None:
+        tensor = self.model.get_parameter_or_buffer(key)
+        set_tensor(self.model, key, torch.empty(tensor.shape, dtype=tensor.dtype), "meta")
+
+    def _compute_buffers(self) -> None:
+        """Buffers that no checkpoint stores, such as rotary frequencies, computed by the model class."""
+        missing = False
+        for name, module in self.model.named_modules():
+            for own in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(own)
+                if buffer is not None and buffer.device.type == "meta":
+                    key = f"{name}.{own}" if name else own
+                    set_tensor(self.model, key, torch.empty(buffer.shape, dtype=buffer.dtype), self.device)
+                    missing = True
+        if missing:
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                tensor._is_hf_initialized = True
+            for _, module in self.model.named_modules():
+                fresh = [
+                    module._buffers[own]
+                    for own in module._non_persistent_buffers_set
+                    if module._buffers.get(own) is not None
+                ]
+                for buffer in fresh:
+                    buffer._is_hf_initialized = False
+            self.model.initialize_weights()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The repeated blocks of a model: the list of modules with the most weights."""
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1:
+            found.append((sum(parameter.numel() for parameter in module.parameters()), name, module))
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no repeated blocks to calibrate one after the other")
+    _, name, blocks = max(found, key=lambda item: item[0])
+    return name, blocks
+
+
+# --- listening ----------------------------------------------------------------------------------------------------------------
+
+# tell(entry, x [tokens, in], expert): the input of one product; `expert` is None outside of stacks
+Tell = Callable[[Entry, Tensor, "int | None"], None]
+
+
+@contextlib.contextmanager
+def _listening(model: nn.Module, entries: Iterable[Entry], tell: Tell) -> Iterator[None]:
+    """Calls `tell` with the input of every product with one of the entries' weights."""
+    handles: list[Any] = []
+    observed: dict[str, Any] = {}
+    for entry in entries:
+        owner, _, own = entry.slot.module.rpartition(".")
+        if entry.slot.kind == "experts":
+            module: Any = model.get_submodule(owner)
+            if owner not in observed:
+                observed[owner] = module._anybit_observers = {}
+            module._anybit_observers[own] = functools.partial(_each_expert, tell, entry)
+        else:
+            handles.append(
+                model.get_submodule(entry.slot.module).register_forward_pre_hook(
+                    lambda module, args, entry=entry: tell(entry, args[0].detach(), None)
+                )
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for owner in observed:
+            del model.get_submodule(owner)._anybit_observers
+
+
+def _each_expert(tell: Tell, entry: Entry, x: Tensor, ends: Tensor) -> None:
+    """x is sorted by expert, expert e owning rows ends[e-1] .. ends[e]."""
+    start = 0
+    for expert, stop in enumerate(ends.tolist()):
+        if stop > start:
+            tell(entry, x[start:stop].detach(), expert)
+        start = stop
