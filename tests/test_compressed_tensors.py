@@ -16,15 +16,17 @@ from anybit.containers.info import TensorInfo
 from anybit.engine.dequantize import dequantize
 from anybit.engine.load import load, plan
 from anybit.engine.quantize import quantize
-from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, MissingTensor, NotRepresentable, ShapeMismatch
+from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, MissingTensor, ShapeMismatch
 from anybit.methods._compressed_evidence import Stored
 from anybit.methods._compressed_inputs import quantized
 from anybit.methods._compressed_layouts import PackedLayout, read_words, write_words
+from anybit.methods._compressed_runtime import Runtime
 from anybit.methods._compressed_schemes import Arguments, Matcher
 from anybit.methods._compressed_sparse import BitmaskLayout, FakeQuantizedLayout, Marlin24Layout
 from anybit.methods._rotations import Rotations
-from anybit.methods.compressed_tensors import completed_arguments
+from anybit.methods.compressed_tensors import completed_arguments, completed_scheme
 from anybit.quantizers import AutoHfQuantizer, AutoQuantizationConfig
+from anybit.quantizers.attachments import detach
 from anybit.weight import ModuleInfo
 from anybit.weight.weight import same
 
@@ -769,14 +771,46 @@ def test_every_scheme_makes_a_checkpoint_that_says_what_it_is(scheme, tmp_path):
     assert formats == {stored["format"]}
 
 
-def test_queries_that_are_quantized_are_refused(tmp_path):
-    def config(stored):
-        stored["quantization_config"]["config_groups"]["attention"] = group(
-            None, {"num_bits": 8, "type": "float"}, targets=["re:.*self_attn$"]
-        )
+ATTENTION, ATTENTION_CASES = vectors("attention")
 
-    with pytest.raises(NotRepresentable, match="queries"):
-        plan(edited(CACHE, tmp_path / "made", lambda tensors: None, config))
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", sorted(ATTENTION_CASES["cases"]))
+def test_queries_keys_and_values_are_the_vendors(case, implementation, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = ATTENTION_CASES["cases"][case]
+    groups = {name: completed_scheme(name, given) for name, given in own.get("config_groups", {}).items()}
+    cache = own.get("kv_cache_scheme")
+    cache = Arguments.of(completed_arguments("cache", cache)) if cache is not None else None
+    tensors = {name: tensor for name, tensor in ATTENTION.items() if "|" not in name and name != "ids"}
+    scales = {
+        name.split("|")[1]: tensor
+        for name, tensor in ATTENTION.items()
+        if name.startswith(f"{case}|") and "scale" in name
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**ATTENTION_CASES["config"], "attn_implementation": implementation})).eval()
+    model.load_state_dict(tensors)
+    runtime = Runtime(Matcher(groups, ()), cache, own.get("transform_config"))
+    runtime.attach(model, FakeCheckpoint({**tensors, **scales}), lambda name: name)
+    assert runtime.keys == set(scales)
+    for key, tensor in scales.items():
+        owner, _, name = key.rpartition(".")
+        model.get_submodule(owner)._buffers[name] = tensor
+    with torch.no_grad():
+        logits = model(ATTENTION["ids"]).logits
+        assert (logits - ATTENTION[f"{case}|logits"]).abs().max() < 1e-4
+        cached, cut = None, []
+        for token in range(ATTENTION["ids"].shape[1]):
+            step = model(ATTENTION["ids"][:, token : token + 1], past_key_values=cached, use_cache=True)
+            cached = step.past_key_values
+            cut.append(step.logits)
+    if "dynamic" not in case:  # whose scales depend on what comes together
+        assert (torch.cat(cut, 1) - logits).abs().max() < 1e-4
+    assert type(model.model.layers[0].self_attn.config) is LlamaConfig
+    detach(model, runtime.keys)
+    with torch.no_grad():
+        assert (model(ATTENTION["ids"]).logits - ATTENTION["plain|logits"]).abs().max() < 1e-4
 
 
 def test_a_cache_is_rounded_whoever_passes_it():

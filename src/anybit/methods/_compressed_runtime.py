@@ -1,7 +1,7 @@
-"""What compressed-tensors quantizes beside weights and their inputs: keys and values for the cache, outputs of layers.
+"""What compressed-tensors quantizes beside weights and their inputs: queries, keys and values, outputs of layers.
 
-Stored: k_scale and v_scale [1] or [heads, 1, 1] of an attention module (files before 0.7 left them at k_proj.output_scale and
-v_proj.output_scale), output_scale and output_zero_point of a layer. They become buffers of these modules.
+Stored: q_scale, k_scale and v_scale [1] or [heads, 1, 1] of an attention module (files before 0.7 left the last two at
+k_proj.output_scale and v_proj.output_scale), output_scale and output_zero_point of a layer. They become buffers of the modules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anybit.errors import MissingTensor, NotRepresentable, ShapeMismatch
 from anybit.methods._compressed_inputs import quantized
 from anybit.methods._compressed_layouts import positive
 from anybit.methods._compressed_schemes import Arguments, Matcher
-from anybit.methods._kv_cache import RoundedCache, has_cache, straight
+from anybit.methods._kv_cache import RoundedCache, attach_queries, has_cache, straight
 from anybit.methods._rotations import Rotations, Turn
 from anybit.quantizers.attachments import Attachment, attach_after, attach_before
 
@@ -30,7 +30,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass
 class RoundedStates:
-    """Keys or values as their codes stand for them. `turn`: a rotation that only the codes see (SpinQuant's R3)."""
+    """Queries, keys or values as their codes stand for them. `turn`: a rotation only the codes see (SpinQuant's R3)."""
 
     args: Arguments
     prefix: str
@@ -50,7 +50,7 @@ class RoundedStates:
             self._stored(attention, "global_scale"),
             axes,
         )
-        # queries and keys are turned alike, so that turning keys back leaves their products the same
+        # queries and keys are turned alike, so that turning both back leaves their products the same
         return found if self.turn is None else self.turn.turned(found, back=True)
 
     def _stored(self, attention: Any, what: str) -> Tensor | None:
@@ -105,15 +105,14 @@ class Runtime:
     def _round_cache(self, name: str, module: Any) -> None:
         classes = tuple(cls.__name__ for cls in type(module).__mro__)
         scheme = None if self.matcher.ignored(name, classes) else self.matcher.scheme(name, classes)
+        turns = self.rotations.turns.get(name, {})
         args = self.cache
         if scheme is not None and scheme.weights is None and scheme.inputs is not None:
-            raise NotRepresentable(
-                f"{name}: group {scheme.name!r} quantizes the queries of attention, which is not supported. Remove the group and "
-                "use kv_cache_scheme to quantize keys and values"
-            )
+            args = scheme.inputs  # a group that names attention quantizes its queries too
+            _require(module, name, "q", args)
+            attach_queries(module, RoundedStates(args, "q", turns.get("q_attn")))
         if args is None:
             return
-        turns = self.rotations.turns.get(name, {})
         if ("k_cache" in turns) != ("q_attn" in turns):
             raise NotRepresentable(
                 f"{name}: transform_config rotates {'keys but not queries' if 'k_cache' in turns else 'queries but not keys'}, "
@@ -169,4 +168,4 @@ def _require(module: Any, name: str, prefix: str, args: Arguments) -> None:
         )
 
 
-_WHAT = {"k": "keys", "v": "values", "output": "outputs"}
+_WHAT = {"q": "queries", "k": "keys", "v": "values", "output": "outputs"}

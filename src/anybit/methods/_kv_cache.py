@@ -1,13 +1,15 @@
-"""Rounding keys and values before they enter the cache, for any attention module of transformers that has one.
+"""Rounding keys and values before they enter the cache, and queries before they meet them.
 
-Attention hands its keys (rotary embedding applied) and values to `past_key_values.update`; a stand-in for the cache rounds
-them on the way. Without a cache they are rounded all the same, so that a prediction does not depend on caching.
+For any attention module of transformers that has a cache: it hands its keys (rotary embedding applied) and values to
+`past_key_values.update`; a stand-in for the cache rounds them on the way. Without a cache they are rounded all the same, so
+that a prediction does not depend on caching.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,61 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_cache"], name)
+
+
+# --- queries -------------------------------------------------------------------------------------------------------------------
+
+QUERIES = "anybit_rounded_queries"
+
+
+class RoundedQueries(Attachment):
+    """Around an attention module: round its queries just before they meet the keys.
+
+    Attention asks its configuration for the function that computes it; while the module runs, that is one that rounds first.
+    """
+
+    def __init__(self, query: Rounding):
+        self.query = query
+
+    def __call__(self, module: Any, arguments: Any, *output: Any) -> None:
+        if output:
+            module.config = module.config.real if isinstance(module.config, _Config) else module.config
+            return
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register(QUERIES, _rounded_attention)
+        module.config = _Config(module.config, self.query)
+
+
+def attach_queries(module: Any, query: Rounding) -> None:
+    """Round the queries of an attention module; its configuration is itself again afterwards, errors included."""
+    hook = RoundedQueries(query)
+    module.register_forward_pre_hook(hook)
+    module.register_forward_hook(hook, always_call=True)
+
+
+class _Config:
+    """A module's configuration, but for the name of the attention function."""
+
+    def __init__(self, real: Any, query: Rounding):
+        self.real, self.query = real, query
+
+    @property
+    def _attn_implementation(self) -> str:
+        return QUERIES
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["real"], name)
+
+
+def _rounded_attention(module: Any, query: Tensor, *arguments: Any, **keywords: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    query = straight(query, module.config.query(module, query))
+    module.config = module.config.real
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attention: Any = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    return attention(module, query, *arguments, **keywords)
 
 
 def straight(before: Tensor, after: Tensor) -> Tensor:

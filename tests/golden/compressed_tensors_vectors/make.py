@@ -7,6 +7,8 @@
 
 weights.safetensors: weight.<dtype>, and <dtype>|<case>|<tensor> of each compressed module; metadata["cases"]: its arguments.
 inputs.safetensors: x.<dtype>, <dtype>|<case> the input as it is quantized, <case>|<tensor> what is stored of a static scheme.
+attention.safetensors: <name> of a small Llama, ids, <case>|logits, <case>|<scale>; metadata["cases"]: kv_cache_scheme, config_groups and
+transform_config of each case, and metadata["config"]: of the model.
 rotations.safetensors: a module of four linears: <name>.weight, .bias, stored matrices, x.<name>, y.<name>; metadata: its transform_config.
 """
 
@@ -197,7 +199,68 @@ def rotations():
     save_file(found, HERE / "rotations.safetensors", metadata={"transform_config": json.dumps(config)})
 
 
+R3 = {
+    "type": "hadamard", "head_dim": 16,
+    "apply": [{"location": place, "targets": ["re:.*self_attn$"], "inverse": False, "ignore": []} for place in ("q_attn", "k_cache")],
+}  # fmt: skip
+ATTENTION = {
+    "plain": {},
+    "queries-fp8": {"config_groups": {"attention": floats(8)}},
+    "queries-int8-heads": {"config_groups": {"attention": integers(8, strategy="attn_head")}},
+    "cache-fp8": {"kv_cache_scheme": floats(8)},
+    "cache-int8-heads": {"kv_cache_scheme": integers(8, strategy="attn_head")},
+    "cache-int8-dynamic-token": {"kv_cache_scheme": integers(8, strategy="token", dynamic=True)},
+    "cache-int8-dynamic-tensor": {"kv_cache_scheme": integers(8, strategy="tensor", dynamic=True)},
+    "cache-fp8-group": {"kv_cache_scheme": floats(8, group_size=8, dynamic=True)},
+    "queries-int4-turned": {
+        "config_groups": {"attention": integers(4)}, "transform_config": {"config_groups": {"R3": R3}}
+    },
+}  # fmt: skip
+
+
+def attention():
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "vocab_size": 16, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    torch.manual_seed(7)
+    state = {name: 3 * tensor for name, tensor in LlamaForCausalLM(LlamaConfig(**sizes)).state_dict().items()}
+    ids = torch.tensor([[1, 5, 9, 3, 15, 2]])
+    found, cases = {**state, "ids": ids}, {}
+    for case, own in ATTENTION.items():
+        groups = {
+            name: {"targets": ["re:.*self_attn$"], "weights": None, "input_activations": args}
+            for name, args in own.get("config_groups", {}).items()
+        }
+        cases[case] = {**own, "config_groups": groups}
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        model.load_state_dict(state)
+        config = {
+            "config_groups": groups,
+            "kv_cache_scheme": own.get("kv_cache_scheme"),
+            "quantization_status": "frozen",
+        }
+        apply_quantization_config(model, QuantizationConfig(**config))
+        if "transform_config" in own:
+            apply_transform_config(model, TransformConfig(**own["transform_config"]))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_scale", "k_scale", "v_scale")):
+                size = 2.0 if "int4" in case else 0.05 if "int8" in case else 0.01
+                parameter.data = size * (
+                    1 + torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                )
+                found[f"{case}|{name}"] = parameter.data.clone()
+        with torch.no_grad():
+            found[f"{case}|logits"] = model(ids).logits
+    metadata = {"cases": json.dumps(cases), "config": json.dumps(sizes)}
+    save_file(found, HERE / "attention.safetensors", metadata=metadata)
+
+
 if __name__ == "__main__":
+    attention()
     weights()
     inputs()
     rotations()
