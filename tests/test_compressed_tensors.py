@@ -926,3 +926,18 @@ def test_static_scales_of_experts(tmp_path):
     load(source).save_pretrained(tmp_path / "again")
     stored, again = (load_file(path / "model.safetensors") for path in (source, tmp_path / "again"))
     assert all(torch.equal(again[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in stored.items())
+
+
+def test_what_the_tensors_decide_is_in_the_plan(tmp_path):
+    def config(stored):
+        own = stored["quantization_config"]
+        own["ignore"] = ["re:.*q_proj"]
+        own["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*", "lm_head"]
+
+    found = plan(edited(CHECKPOINTS / "w3a16-sym-g64", tmp_path / "made", lambda tensors: None, config))
+    notes = "\n".join(found.notes)
+    assert "'ignore' names it, but it is stored packed" in notes
+    assert "model.layers.0.self_attn.q_proj" in notes
+    assert "a target names it, but it is stored dense, and stays dense (lm_head)" in notes
+    assert "no target names it, but it is stored packed, and is read as all groups say (model.layers.0.mlp" in notes
+    assert plan(CHECKPOINTS / "w3a16-sym-g64").notes == []

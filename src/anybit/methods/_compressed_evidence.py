@@ -25,10 +25,10 @@ STREAMS_FROM = (0, 18)
 
 
 class Stored:
-    """Reads and makes the layouts of one configuration."""
+    """Reads and makes the layouts of one configuration. `decide(what, module)` is told what was not plain from it."""
 
-    def __init__(self, config: Any, matcher: Matcher):
-        self.config, self.matcher = config, matcher
+    def __init__(self, config: Any, matcher: Matcher, decide: Callable[[str, str], None] = lambda what, module: None):
+        self.config, self.matcher, self.decide = config, matcher, decide
         self._known: dict[Any, Layout | None] = {}
 
     # --- reading ---
@@ -50,14 +50,21 @@ class Stored:
         own = info.name.removesuffix(f".{relative}") if relative and not relative.startswith("_") else info.name
         classes = classes_of(module.kind, module.class_name)
         dense = relative in ("weight", "") and info.dtype in FLOATS and len(stored) == 1
-        if dense and (self.matcher.ignored(own, classes) or self.matcher.ignored(module.name, classes)):
-            return None
+        if self.matcher.ignored(own, classes) or self.matcher.ignored(module.name, classes):
+            if dense:
+                return None
+            self.decide("'ignore' names it, but it is stored packed, and is read as its target says", module.name)
         for name, bases in ((own, ()), (module.name, ()), (own, classes)):
             found = self.matcher.scheme(name, bases)
             if found is not None:
+                if dense and found.weights is not None:
+                    self.decide("a target names it, but it is stored dense, and stays dense", module.name)
                 return found
         every = {(scheme.weights, scheme.inputs) for scheme in self.matcher.schemes.values()}
-        return next(iter(self.matcher.schemes.values())) if len(every) == 1 and not dense else None
+        if dense or len(every) != 1:
+            return None
+        self.decide("no target names it, but it is stored packed, and is read as all groups say", module.name)
+        return next(iter(self.matcher.schemes.values()))
 
     def _layout(
         self, module: ModuleInfo, stored: Mapping[str, Any], scheme: Scheme | None, peek: Callable[[str], Any]
@@ -186,7 +193,13 @@ class Stored:
                 found = stored[name].shape[axis]
                 if counts[0] != counts[1] and found in counts:
                     return bool(found == counts[0])
-        return version_of(self.config.version) >= STREAMS_FROM
+        dense = version_of(self.config.version) >= STREAMS_FROM
+        self.decide(
+            f"codes of {args.bits} bits are read as {'one stream' if dense else 'words with gaps'}: word counts fit both, and "
+            f"version is {self.config.version!r}",
+            module.name,
+        )
+        return dense
 
     # --- the rarer forms ---
 

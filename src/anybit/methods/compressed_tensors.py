@@ -275,7 +275,7 @@ class CompressedTensorsHfQuantizer(HfQuantizer):
         """What reads stored tensors."""
         from anybit.methods._compressed_evidence import Stored
 
-        return Stored(self.quantization_config, self.matcher)
+        return Stored(self.quantization_config, self.matcher, self.decide)
 
     def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
         from anybit.methods._compressed_runtime import Runtime
@@ -290,7 +290,8 @@ class CompressedTensorsHfQuantizer(HfQuantizer):
     rotations: Any = None
 
     def begin(self, model: Any, slots: Sequence[Any]) -> None:
-        self.modules_to_not_convert, self.skip_reasons = list(self.quantization_config.ignore or ()), {}
+        self.modules_to_not_convert = list(self.quantization_config.ignore or ())
+        self.skip_reasons, self.decisions = {}, {}
         if self.pre_quantized:
             return
         for slot in slots:
