@@ -36,6 +36,17 @@ def quantize(
     method: Method = None,
     set_: Setting = None,
     config: ConfigFile = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option("--calib", help="Calibration text: .txt, .jsonl, .parquet.", metavar="FILE", dir_okay=False),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", help="With --calib: another than the method's own, e.g. gptq.", metavar="NAME"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Which rows are drawn.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     max_shard_size: Shard = "5GB",
@@ -46,7 +57,7 @@ def quantize(
 ) -> None:
     """Quantize a dense checkpoint file to file.
 
-    One weight is in memory at a time, and the output appears only when it is complete.
+    One weight is in memory at a time (with --calib, one decoder block), and the output appears only when it is complete.
 
     anybit quantize meta-llama/Llama-3.2-1B -o llama-nf4 --scheme nf4
     """
@@ -60,6 +71,11 @@ def quantize(
             path,
             output,
             wanted,
+            calibration=calib,
+            algorithm=algorithm,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
             dtype=dtype,
             device=main_device(device),
             max_shard_size=max_shard_size,
