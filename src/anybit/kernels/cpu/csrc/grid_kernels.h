@@ -21,10 +21,29 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
+// Small loops over registers: an array that is indexed by a variable would live in memory.
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
 #else
 #define ALWAYS_INLINE inline
 #define NOINLINE
+#define UNROLLED
 #endif
+
+// Unnamed: the same names in another variant are other code, and the linker must never take one for the other.
+namespace {
+
+// A hint: the next rows of the weight, which begin another page. The address need not be readable.
+static ALWAYS_INLINE void prefetch(const uint8_t* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p, 0, 2);  // the second cache level: rows are often a page apart and would fight for one set of the first
+#else
+  (void)p;
+#endif
+}
 
 static constexpr int CHUNK = 8 * LANES;
 
@@ -92,6 +111,34 @@ static NOINLINE F several(const Parameter& q, int64_t first, I index) {
   return f_permute(found, index);
 }
 
+// `count` values of the groups from `first` on as float32, and LANES more that may be read: copies of the last.
+static NOINLINE void run_of(const Parameter& q, int64_t first, int64_t count, float* out) {
+  const int64_t at = q.row + first;
+  int64_t i = 0;
+  if (q.p->width == 1) {
+    const F value = f_set(read_parameter(q.p, q.data, q.row));
+    for (; i < count + LANES; i += LANES) f_store(out + i, value);
+    return;
+  }
+  switch (q.p->kind) {
+    case ANYBIT_P_F32: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load((const float*)q.data + at + i)); break;
+    case ANYBIT_P_BF16:
+      for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_bf16((const uint16_t*)q.data + at + i));
+      break;
+    case ANYBIT_P_F16:
+      for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_f16((const uint16_t*)q.data + at + i));
+      break;
+    case ANYBIT_P_U8: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_u8((const uint8_t*)q.data + at + i)); break;
+    case ANYBIT_P_I8: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_i8((const uint8_t*)q.data + at + i)); break;
+    case ANYBIT_P_E8M0: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_e8m0((const uint8_t*)q.data + at + i)); break;
+  }
+  if (q.p->negated)
+    for (int64_t k = 0; k < i; k += LANES) f_store(out + k, f_sub(f_zero(), f_load(out + k)));
+  for (; i < count; i++) out[i] = read_parameter(q.p, q.data, at + i);
+  const F last = f_set(out[count - 1]);
+  f_store(out + count, last);
+}
+
 // Groups of the lanes of the unit that starts at `column`, each lane `step` columns wide: first group and distances to it.
 static inline int64_t groups_of_lanes(const anybit_shape* s, int64_t column, int64_t step, uint32_t* distance) {
   int64_t first = column / s->group;
@@ -108,9 +155,10 @@ enum Source { BYTES_SIGNED = 8, BYTES_UNSIGNED = 9, BYTES_E4M3 = 10, BYTES_E5M2 
               TABLE_7 = 14, TABLE_8 = 15 };  // 1 .. 7: integers and small tables of that width
 
 struct Levels {
-  Lut lut;             // up to 4 bits: the numbers
+  Lut lut;             // up to 4 bits: the numbers, repeated so that bits above the code do not matter
   const float* table;  // 5 .. 8 bits with a table
   bool is_signed;
+  alignas(64) float numbers[16];  // what is in `lut`
 };
 
 template <int SOURCE> static constexpr int bits_of_source() {
@@ -145,17 +193,19 @@ static inline int source_of(const anybit_shape* s) {
 }
 
 static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t) {
-  float numbers[16] = {0};
+  Levels found = {{}, t->table, s->levels == ANYBIT_SIGNED, {0}};
+  float* numbers = found.numbers;
   if (s->bits <= 4) {
     int count = 1 << s->bits, half = count / 2;
     for (int code = 0; code < 16; code++) {
-      int own = code % count;  // repeated, so that bits above the code do not matter
+      int own = code % count;
       numbers[code] = s->levels == ANYBIT_TABLE    ? t->table[own]
                       : s->levels == ANYBIT_SIGNED ? (float)(own < half ? own : own - count)
                                                    : (float)(own - half);
     }
   }
-  return {lut_load(numbers), t->table, s->levels == ANYBIT_SIGNED};
+  found.lut = lut_load(numbers);
+  return found;
 }
 
 // Bytes of a row from `column` on, at least 16 readable ones; copied to `spare` at the end of the tensor.
@@ -172,6 +222,14 @@ static inline const uint8_t* readable(const anybit_shape* s, const anybit_tensor
 // --- weights in natural order ---------------------------------------------------------------------------------------------------
 
 static constexpr int64_t BLOCK = 1024;  // columns made at a time, small enough to stay in the first cache level
+
+// `bytes` (at most 16) of a row from `column` on; zeros beyond the end of the row.
+static NOINLINE void copy_codes(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t column, int64_t bytes,
+                                uint8_t* spare) {
+  const int64_t at = column * s->bits / 8;
+  memset(spare, 0, 16);
+  memcpy(spare, t->codes + row * s->row_bytes + at, (size_t)least(bytes, s->row_bytes - at));
+}
 
 template <int ROUND> static inline F rounded(F a) {
   if constexpr (ROUND == ANYBIT_BF16) return f_round_bf16(a);
@@ -227,19 +285,61 @@ static void weigh_block(const anybit_shape* s, const anybit_tensors* t, int64_t 
   }
 }
 
+template <int ROUND>
+static Lut weigh_table(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t group) {
+  const RowParameters own = row_parameters(s, t, row);
+  const F middle = f_set(centre(s));
+  float numbers[16];
+  for (int i = 0; i < 16; i += LANES) {
+    F w = rounded<ROUND>(f_add(f_load(levels.numbers + i), middle));
+    if (s->zero.kind != ANYBIT_ABSENT) w = rounded<ROUND>(f_sub(w, rounded<ROUND>(f_set(one(own.zero, group)))));
+    if (s->scale.kind != ANYBIT_ABSENT) {
+      const F scale = rounded<ROUND>(f_set(one(own.scale, group)));
+      w = rounded<ROUND>(s->scale.inverted ? f_div(w, scale) : f_mul(w, scale));
+    }
+    if (s->offset.kind != ANYBIT_ABSENT) w = rounded<ROUND>(f_add(w, rounded<ROUND>(f_set(one(own.offset, group)))));
+    f_store(numbers + i, w);
+  }
+  return lut_load(numbers);
+}
+
+typedef Lut (*WeighTable)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t);
+static const WeighTable WEIGH_TABLES[3] = {weigh_table<0>, weigh_table<1>, weigh_table<2>};
+
+// Up to 4 bits, groups of whole vectors: a group has few different weights, so they are worked out once and looked up.
+template <int BITS>
+static void table_block(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
+                        int64_t stop, float* out, WeighTable weigh) {
+  uint8_t spare[16];
+  while (start < stop) {
+    const int64_t group = s->group >= s->columns ? 0 : start / s->group;
+    const int64_t end = s->group >= s->columns ? stop : least(stop, (group + 1) * s->group);
+    const Lut lut = weigh(s, t, levels, row, group);
+    for (; start < end; start += LANES, out += LANES)
+      f_store(out, lut_take(lut, codes_load<BITS>(readable(s, t, row, start, spare))));
+  }
+}
+
 typedef void (*LevelBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, float*);
 typedef void (*WeighBlock)(const anybit_shape*, const anybit_tensors*, int64_t, int64_t, int64_t, float*);
 static const LevelBlock LEVEL_BLOCKS[16] = {
     nullptr,          level_block<1>,  level_block<2>,  level_block<3>,  level_block<4>,  level_block<5>,
     level_block<6>,   level_block<7>,  level_block<8>,  level_block<9>,  level_block<10>, level_block<11>,
     level_block<12>,  level_block<13>, level_block<14>, level_block<15>};
+typedef void (*TableBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, float*,
+                           WeighTable);
+static const TableBlock TABLE_BLOCKS[5] = {nullptr, table_block<1>, table_block<2>, table_block<3>, table_block<4>};
 static const WeighBlock WEIGH_BLOCKS[3] = {weigh_block<0>, weigh_block<1>, weigh_block<2>};
 
 // Weights of columns start .. stop, `out` with room for BLOCK floats; zeros up to the next multiple of LANES.
 static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
                        int64_t stop, float* out) {
-  LEVEL_BLOCKS[source_of(s)](s, t, levels, row, start, stop, out);
-  WEIGH_BLOCKS[s->compute](s, t, row, start, stop, out);
+  if (s->bits <= 4 && wide_group(s, LANES)) {
+    TABLE_BLOCKS[s->bits](s, t, levels, row, start, stop, out, WEIGH_TABLES[s->compute]);
+  } else {
+    LEVEL_BLOCKS[source_of(s)](s, t, levels, row, start, stop, out);
+    WEIGH_BLOCKS[s->compute](s, t, row, start, stop, out);
+  }
   for (int64_t i = stop - start; i % LANES; i++) out[i] = 0;  // what was there may not even be a number
 }
 
@@ -278,7 +378,7 @@ static inline void put(const anybit_product* p, int64_t n, int64_t row, float va
 // The weights of one row, made a block at a time, and B rows of x.
 template <int B> static void product_exact(const Product& q, int64_t row, int64_t n) {
   F total[B];
-  for (int b = 0; b < B; b++) total[b] = f_zero();
+  UNROLLED for (int b = 0; b < B; b++) total[b] = f_zero();
   const float* x = q.in->values + n * q.in->value_stride;
   alignas(64) float weights[BLOCK];
   for (int64_t start = 0; start < q.s->columns; start += BLOCK) {
@@ -286,80 +386,105 @@ template <int B> static void product_exact(const Product& q, int64_t row, int64_
     weights_of(q.s, q.t, q.levels, row, start, stop, weights);
     for (int64_t column = start; column < stop; column += LANES) {
       F w = f_load(weights + column - start);
-      for (int b = 0; b < B; b++) total[b] = f_fma(w, f_load(x + b * q.in->value_stride + column), total[b]);
+      UNROLLED for (int b = 0; b < B; b++) total[b] = f_fma(w, f_load(x + b * q.in->value_stride + column), total[b]);
     }
   }
-  for (int b = 0; b < B; b++) put(q.p, n + b, row, f_sum(total[b]));
+  UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row, f_sum(total[b]));
 }
 
-// float32, groups of whole vectors: sum_g scale_g * (sum levels * x - (zero_g - centre) * sum x) + offset_g * sum x.
-template <int SOURCE, int R, int B> static void product_sums(const Product& q, int64_t row, int64_t n) {
-  constexpr int BITS = bits_of_source<SOURCE>(), STEP = LANES * BITS / 8;
-  const anybit_shape* s = q.s;
-  const bool sums = needs_sums(s), has_zero = s->zero.kind != ANYBIT_ABSENT, has_offset = s->offset.kind != ANYBIT_ABSENT;
-  const float middle = centre(s);
-  RowParameters own[R];
-  F total[R][B];
+// Scales, shifts (centre - zero) and offsets of R rows for a run of groups, in float32.
+static constexpr int64_t RUN = 256;
+
+template <int R> struct Runs {
+  float scale[R][RUN + 2 * LANES], shift[R][RUN + 2 * LANES], offset[R][RUN + 2 * LANES];
+};
+
+template <int R>
+static NOINLINE void read_runs(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t first, int64_t count,
+                               Runs<R>* runs) {
+  const F middle = f_set(centre(s)), one = f_set(1.0f);
   for (int r = 0; r < R; r++) {
-    own[r] = row_parameters(s, q.t, row + r);
-    for (int b = 0; b < B; b++) total[r][b] = f_zero();
+    const RowParameters own = row_parameters(s, t, row + r);
+    if (s->scale.kind != ANYBIT_ABSENT) run_of(own.scale, first, count, runs->scale[r]);
+    else
+      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(runs->scale[r] + i, one);
+    if (s->scale.inverted)
+      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(runs->scale[r] + i, f_div(one, f_load(runs->scale[r] + i)));
+    if (s->zero.kind != ANYBIT_ABSENT) run_of(own.zero, first, count, runs->shift[r]);
+    for (int64_t i = 0; i < count + LANES; i += LANES)
+      f_store(runs->shift[r] + i, s->zero.kind != ANYBIT_ABSENT ? f_sub(middle, f_load(runs->shift[r] + i)) : middle);
+    if (s->offset.kind != ANYBIT_ABSENT) run_of(own.offset, first, count, runs->offset[r]);
   }
-  const float* x = q.in->values + n * q.in->value_stride;
-  const float* sum = q.in->sums + n * q.in->sum_stride;
-  const uint8_t* codes = q.t->codes + row * s->row_bytes;
-  const uint8_t* end = q.t->codes + s->rows * s->row_bytes;
+}
+
+// float32, groups of whole vectors: sum_g scale_g * (sum levels * x + (centre - zero_g) * sum x) + offset_g * sum x.
+template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Product& q, int64_t row, int64_t n) {
+  constexpr int BITS = bits_of_source<SOURCE>();
+  const anybit_shape* s = q.s;
+  const bool sums = needs_sums(s), has_offset = s->offset.kind != ANYBIT_ABSENT;
+  F total[R][B];
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_zero();
+  const int64_t stride = q.in->value_stride, sum_stride = q.in->sum_stride, row_bytes = s->row_bytes;
+  const float* x = q.in->values + n * stride;
+  const float* sum = q.in->sums + n * sum_stride;
+  const uint8_t* codes = q.t->codes + row * row_bytes;
+  const uint8_t* end = q.t->codes + s->rows * row_bytes;
+  // rows whose vectors may read 16 bytes anywhere: all but those at the end of the tensor
+  const bool safe = LANES * BITS / 8 == 16 || codes + R * row_bytes + 16 <= end;
   uint8_t spare[16];
-  int64_t group = 0;
-  for (int64_t start = 0; start < s->columns; start += s->group, group++) {
-    F acc[R][B];
-    for (int r = 0; r < R; r++) {
-      F shift = f_set(has_zero ? middle - one(own[r].zero, group) : middle);
-      for (int b = 0; b < B; b++)
-        acc[r][b] = sums ? f_mul(shift, f_load(sum + b * q.in->sum_stride + group * LANES)) : f_zero();
-    }
-    const int64_t stop = least(start + s->group, s->columns);
-    int64_t column = start;
-    for (; column + LANES <= stop; column += LANES) {
-      const uint8_t* p = codes + column * BITS / 8;
-      for (int r = 0; r < R; r++) {
-        const uint8_t* own_p = p + r * s->row_bytes;
-        if (SOURCE != BYTES_SIGNED && STEP < 16 && own_p + 16 > end) own_p = readable(s, q.t, row + r, column, spare);
-        F level = levels_at<SOURCE>(q.levels, own_p);
-        for (int b = 0; b < B; b++)
-          acc[r][b] = f_fma(level, f_load(x + b * q.in->value_stride + column), acc[r][b]);
+  Runs<R> runs;
+  const int64_t groups = ceil_div(s->columns, s->group);
+  for (int64_t base = 0; base < groups; base += RUN) {
+    const int64_t count = least(RUN, groups - base);
+    read_runs<R>(s, q.t, row, base, count, &runs);
+    for (int64_t g = 0; g < count; g++) {
+      const int64_t start = (base + g) * s->group, stop = least(start + s->group, s->columns);
+      F acc[R][B];
+      UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int b = 0; b < B; b++)
+          acc[r][b] = sums ? f_mul(f_set(runs.shift[r][g]), f_load(sum + b * sum_stride + (base + g) * LANES)) : f_zero();
+      int64_t column = start;
+      for (; safe && column + UNIT * LANES <= stop; column += UNIT * LANES) {
+        const uint8_t* p = codes + column * BITS / 8;
+        UNROLLED for (int r = 0; r < R; r++) prefetch(p + (r + R) * row_bytes);
+        UNROLLED for (int u = 0; u < UNIT; u++, p += LANES * BITS / 8) {
+          F own[B];
+          UNROLLED for (int b = 0; b < B; b++) own[b] = f_load(x + b * stride + column + u * LANES);
+          UNROLLED for (int r = 0; r < R; r++) {
+            const F level = levels_at<SOURCE>(q.levels, p + r * row_bytes);
+            UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, own[b], acc[r][b]);
+          }
+        }
       }
-    }
-    if (column < stop) {  // lanes beyond the last column must not meet codes that are no numbers
-      for (int r = 0; r < R; r++) {
-        float some[LANES];
-        f_store(some, levels_at<SOURCE>(q.levels, readable(s, q.t, row + r, column, spare)));
-        for (int64_t i = stop - column; i < LANES; i++) some[i] = 0;
-        for (int b = 0; b < B; b++)
-          acc[r][b] = f_fma(f_load(some), f_load(x + b * q.in->value_stride + column), acc[r][b]);
+      for (; column < stop; column += LANES) {  // the end of a row, and the last rows
+        UNROLLED for (int r = 0; r < R; r++) {
+          copy_codes(s, q.t, row + r, column, LANES * BITS / 8, spare);
+          const F level = levels_at<SOURCE>(q.levels, spare);
+          UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, f_load(x + b * stride + column), acc[r][b]);
+        }
       }
-    }
-    for (int r = 0; r < R; r++) {
-      float value = s->scale.kind == ANYBIT_ABSENT ? 1.0f : one(own[r].scale, group);
-      F scale = f_set(s->scale.inverted ? 1.0f / value : value);
-      for (int b = 0; b < B; b++) {
-        total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
+      UNROLLED for (int r = 0; r < R; r++) {
+        const F scale = f_set(runs.scale[r][g]);
+        UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
         if (has_offset)
-          total[r][b] = f_fma(f_set(one(own[r].offset, group)), f_load(sum + b * q.in->sum_stride + group * LANES),
-                              total[r][b]);
+          UNROLLED for (int b = 0; b < B; b++)
+            total[r][b] =
+                f_fma(f_set(runs.offset[r][g]), f_load(sum + b * sum_stride + (base + g) * LANES), total[r][b]);
       }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
 }
 
 template <int BITS, int R, int B, int K>
 static ALWAYS_INLINE void chunk_step(const Lut& lut, const I* raw, const float* x, int64_t stride, F (*acc)[B]) {
   F own[B];
-  for (int b = 0; b < B; b++) own[b] = f_load(x + b * stride + K * LANES);
-  for (int r = 0; r < R; r++) {
+  UNROLLED for (int b = 0; b < B; b++) own[b] = f_load(x + b * stride + K * LANES);
+  UNROLLED for (int r = 0; r < R; r++) {
     F level = lut_take(lut, i_right<BITS * K>(raw[r]));
-    for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, own[b], acc[r][b]);
+    UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, own[b], acc[r][b]);
   }
 }
 
@@ -375,83 +500,82 @@ static ALWAYS_INLINE void chunk_steps(const Lut& lut, const I* raw, const float*
   chunk_step<BITS, R, B, 7>(lut, raw, x, stride, acc);
 }
 
-// R rows of the weight, B rows of x. WIDE: a group is a whole number of chunks; else each lane has a scale of its own.
+// R rows of the weight, B rows of x. WIDE: a group is a whole number of chunks; else each lane has parameters of its own.
 template <int BITS, bool WIDE, int R, int B> static void product_chunks(const Product& q, int64_t row, int64_t n) {
+  constexpr int64_t BYTES = LANES * BITS;
   const anybit_shape* s = q.s;
-  const bool sums = needs_sums(s), has_zero = s->zero.kind != ANYBIT_ABSENT, has_offset = s->offset.kind != ANYBIT_ABSENT,
-             has_scale = s->scale.kind != ANYBIT_ABSENT, inverted = s->scale.inverted != 0;
-  const float middle = centre(s);
+  const bool sums = needs_sums(s), has_offset = s->offset.kind != ANYBIT_ABSENT;
   const Lut lut = q.levels.lut;
-  RowParameters own[R];
   F total[R][B], acc[R][B];
-  for (int r = 0; r < R; r++) {
-    own[r] = row_parameters(s, q.t, row + r);
-    for (int b = 0; b < B; b++) total[r][b] = f_zero();
-  }
-  const float* x = q.in->values + n * q.in->value_stride;
-  const float* sum = q.in->sums + n * q.in->sum_stride;
-  const int64_t stride = q.in->value_stride, sum_stride = q.in->sum_stride;
-  const uint8_t* codes = q.t->codes + row * s->row_bytes;
-  const int64_t chunks = ceil_div(s->columns, CHUNK);
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_zero();
+  const int64_t stride = q.in->value_stride, sum_stride = q.in->sum_stride, row_bytes = s->row_bytes;
+  const float* x = q.in->values + n * stride;
+  const float* sum = q.in->sums + n * sum_stride;
+  const uint8_t* codes = q.t->codes + row * row_bytes;
+  const int64_t chunks = ceil_div(s->columns, CHUNK), groups = ceil_div(s->columns, s->group);
+  const int64_t last_bytes = row_bytes - (chunks - 1) * BYTES;
   const int64_t per_group = WIDE ? least(ceil_div(s->group, CHUNK), chunks) : 1;
-  const int64_t last_bytes = s->row_bytes - (chunks - 1) * (LANES * BITS);
-  uint32_t distance[LANES] = {0};
-  I index = i_load(distance);
+  // a run holds the parameters of RUN groups: that many groups of chunks, or chunks of at most LANES groups
+  const int64_t per_run = WIDE ? RUN * per_group : RUN / LANES;
   const bool regular = !WIDE && CHUNK % s->group == 0;
-  if (regular) {
-    for (int i = 0; i < LANES; i++) distance[i] = (uint32_t)(8 * i / s->group);
-    index = i_load(distance);
-  }
-  for (int64_t first = 0, group = 0; first < chunks; first += per_group, group++) {
-    int64_t first_group = group;
-    if (!WIDE) {
-      first_group = first * CHUNK / s->group;
-      if (!regular) {
-        groups_of_lanes(s, first * CHUNK, 8, distance);
-        index = i_load(distance);
-      }
-    }
-    for (int r = 0; r < R; r++) {
-      F shift = f_set(middle);
-      if (has_zero) shift = f_sub(shift, WIDE ? f_set(one(own[r].zero, group)) : several(own[r].zero, first_group, index));
-      for (int b = 0; b < B; b++)
-        acc[r][b] = sums ? f_mul(shift, f_load(sum + b * sum_stride + group * LANES)) : f_zero();
-    }
-    const int64_t stop = least(first + per_group, chunks);
-    for (int64_t chunk = first; chunk < stop; chunk++) {
-      I raw[R];
-      if (chunk + 1 < chunks || last_bytes >= LANES * BITS) {
-        for (int r = 0; r < R; r++) raw[r] = chunk_load<BITS>(codes + r * s->row_bytes + chunk * (LANES * BITS));
-      } else {
-        for (int r = 0; r < R; r++) {
-          uint8_t spare[LANES * BITS + 16] = {0};
-          memcpy(spare, codes + r * s->row_bytes + chunk * (LANES * BITS), (size_t)last_bytes);
-          raw[r] = chunk_load<BITS>(spare);
+  uint32_t distance[LANES] = {0};
+  for (int i = 0; i < LANES && regular; i++) distance[i] = (uint32_t)(8 * i / s->group);
+  I index = i_load(distance);
+  Runs<R> runs;
+  for (int64_t begin = 0; begin < chunks; begin += per_run) {
+    const int64_t base = WIDE ? begin / per_group : begin * CHUNK / s->group;
+    const int64_t wanted = WIDE ? RUN : (least(begin + per_run, chunks) * CHUNK - 1) / s->group + 1 - base;
+    read_runs<R>(s, q.t, row, base, least(wanted, groups - base), &runs);
+    const int64_t finish = least(begin + per_run, chunks);
+    for (int64_t first = begin; first < finish; first += per_group) {
+      const int64_t block = WIDE ? first / per_group : first;  // of the sums of x
+      int64_t g = block - base;
+      if (!WIDE) {
+        g = regular ? first * (CHUNK / s->group) - base : first * CHUNK / s->group - base;
+        if (!regular) {
+          groups_of_lanes(s, first * CHUNK, 8, distance);
+          index = i_load(distance);
         }
       }
-      chunk_steps<BITS, R, B>(lut, raw, x + chunk * CHUNK, stride, acc);
-    }
-    for (int r = 0; r < R; r++) {
-      F scale = f_set(1.0f);
-      if (has_scale) {
-        if (WIDE) {
-          float value = one(own[r].scale, group);
-          scale = f_set(inverted ? 1.0f / value : value);
+      UNROLLED for (int r = 0; r < R; r++) {
+        if (!sums) {
+          UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_zero();
+          continue;
+        }
+        const F shift = WIDE ? f_set(runs.shift[r][g]) : f_permute(f_load(runs.shift[r] + g), index);
+        UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_mul(shift, f_load(sum + b * sum_stride + block * LANES));
+      }
+      const int64_t stop = least(first + per_group, chunks);
+      for (int64_t chunk = first; chunk < stop; chunk++) {
+        const uint8_t* p = codes + chunk * BYTES;
+        I raw[R];
+        if (chunk + 1 < chunks || last_bytes >= BYTES) {
+          UNROLLED for (int r = 0; r < R; r++) raw[r] = chunk_load<BITS>(p + r * row_bytes);
+          UNROLLED for (int r = 0; r < R; r++) prefetch(p + (r + R) * row_bytes);
         } else {
-          scale = several(own[r].scale, first_group, index);
-          if (inverted) scale = f_div(f_set(1.0f), scale);
+          uint8_t spare[BYTES + 16];
+          UNROLLED for (int r = 0; r < R; r++) {
+            memset(spare, 0, sizeof spare);
+            memcpy(spare, p + r * row_bytes, (size_t)last_bytes);
+            raw[r] = chunk_load<BITS>(spare);
+          }
         }
+        chunk_steps<BITS, R, B>(lut, raw, x + chunk * CHUNK, stride, acc);
       }
-      F offset = f_zero();
-      if (has_offset) offset = WIDE ? f_set(one(own[r].offset, group)) : several(own[r].offset, first_group, index);
-      for (int b = 0; b < B; b++) {
-        total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
-        if (has_offset) total[r][b] = f_fma(offset, f_load(sum + b * sum_stride + group * LANES), total[r][b]);
+      UNROLLED for (int r = 0; r < R; r++) {
+        const F scale = WIDE ? f_set(runs.scale[r][g]) : f_permute(f_load(runs.scale[r] + g), index);
+        UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
+        if (has_offset) {
+          const F offset = WIDE ? f_set(runs.offset[r][g]) : f_permute(f_load(runs.offset[r] + g), index);
+          UNROLLED for (int b = 0; b < B; b++)
+            total[r][b] = f_fma(offset, f_load(sum + b * sum_stride + block * LANES), total[r][b]);
+        }
       }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
 }
 
 // --- choosing ---------------------------------------------------------------------------------------------------------------
@@ -469,15 +593,24 @@ template <int BITS, bool WIDE> static constexpr Tiles chunk_tiles() {
     return {product_chunks<BITS, WIDE, 4, 1>, product_chunks<BITS, WIDE, 1, 1>, product_chunks<BITS, WIDE, 2, 2>,
             product_chunks<BITS, WIDE, 1, 2>, product_chunks<BITS, WIDE, 2, 4>, product_chunks<BITS, WIDE, 1, 4>};
 }
-template <int SOURCE> static constexpr Tiles sum_tiles() {
+template <int SOURCE, int UNIT> static constexpr Tiles sum_tiles() {
   if constexpr (!VECTORS)
-    return {nullptr, product_sums<SOURCE, 1, 1>, nullptr, product_sums<SOURCE, 1, 2>, nullptr, product_sums<SOURCE, 1, 4>};
+    return {nullptr, product_sums<SOURCE, 1, 1, 1>, nullptr, product_sums<SOURCE, 1, 1, 2>,
+            nullptr, product_sums<SOURCE, 1, 1, 4>};
   else
-    return {product_sums<SOURCE, 4, 1>, product_sums<SOURCE, 1, 1>, product_sums<SOURCE, 2, 2>,
-            product_sums<SOURCE, 1, 2>, product_sums<SOURCE, 2, 4>, product_sums<SOURCE, 1, 4>};
+    return {product_sums<SOURCE, UNIT, 4, 1>, product_sums<SOURCE, UNIT, 1, 1>, product_sums<SOURCE, UNIT, 2, 2>,
+            product_sums<SOURCE, UNIT, 1, 2>, product_sums<SOURCE, UNIT, 2, 4>, product_sums<SOURCE, UNIT, 1, 4>};
 }
-static const Tiles SUMS[12] = {{}, {}, {}, {}, {}, sum_tiles<5>(), sum_tiles<6>(), sum_tiles<7>(), sum_tiles<8>(),
-                               sum_tiles<9>(), sum_tiles<10>(), sum_tiles<11>()};
+template <int SOURCE> struct Units {
+  static constexpr Tiles tiles[3] = {sum_tiles<SOURCE, 1>(), sum_tiles<SOURCE, 2>(), sum_tiles<SOURCE, 4>()};
+};
+
+// Vectors handled together: 1, 2 or 4, whatever fits into a group.
+static int unit_of(const anybit_shape* s) { return wide_group(s, 4 * LANES) ? 2 : wide_group(s, 2 * LANES) ? 1 : 0; }
+
+static const Tiles* const SUMS[12] = {nullptr, nullptr, nullptr, nullptr, nullptr,
+                                      Units<5>::tiles, Units<6>::tiles, Units<7>::tiles,
+                                      Units<8>::tiles, Units<9>::tiles, Units<10>::tiles, Units<11>::tiles};
 static const Tiles EXACT = {nullptr, product_exact<1>, nullptr, product_exact<2>, nullptr, product_exact<4>};
 static const Tiles CHUNKS[5][2] = {{{}, {}},
                                    {chunk_tiles<1, false>(), chunk_tiles<1, true>()},
@@ -487,7 +620,7 @@ static const Tiles CHUNKS[5][2] = {{{}, {}},
 
 static const Tiles& tiles_of(const anybit_shape* s) {
   if (in_chunks(s)) return CHUNKS[s->bits][wide_group(s, CHUNK)];
-  return sums_first(s) ? SUMS[source_of(s)] : EXACT;
+  return sums_first(s) ? SUMS[source_of(s)][unit_of(s)] : EXACT;
 }
 
 static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,
@@ -571,5 +704,7 @@ static void take_input(const anybit_shape* s, const anybit_tensors* t, const any
     f_store(sums + block * LANES, sum);
   }
 }
+
+}  // namespace
 
 #endif

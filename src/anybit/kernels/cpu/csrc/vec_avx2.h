@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+namespace {
+
 static constexpr int LANES = 8;
 static constexpr bool VECTORS = true;  // registers, worth tiling for
 
@@ -58,6 +60,12 @@ static inline F f_load_u8(const uint8_t* p) {
 static inline F f_load_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+static inline F f_load_e8m0(const uint8_t* p) {
+  I byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  I power = _mm256_max_epu32(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(0x00400000));  // 2**-127 is a subnormal
+  I nan = _mm256_and_si256(_mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255)), _mm256_set1_epi32(0x7FC00000));
+  return _mm256_castsi256_ps(_mm256_or_si256(power, nan));
+}
 static inline F f_load_e5m2(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
 }
@@ -98,5 +106,7 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   __m256i lanes = _mm256_shuffle_epi8(both, _mm256_load_si256((const __m256i*)tables.spread));
   return _mm256_srlv_epi32(lanes, _mm256_load_si256((const __m256i*)tables.shift));
 }
+
+}  // namespace
 
 #endif

@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+namespace {
+
 static constexpr int LANES = 16;
 static constexpr bool VECTORS = true;  // registers, worth tiling for
 
@@ -52,6 +54,12 @@ static inline F f_load_u8(const uint8_t* p) {
 static inline F f_load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
+static inline F f_load_e8m0(const uint8_t* p) {
+  I byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  I power = _mm512_max_epu32(_mm512_slli_epi32(byte, 23), _mm512_set1_epi32(0x00400000));  // 2**-127 is a subnormal
+  __mmask16 nan = _mm512_cmpeq_epi32_mask(byte, _mm512_set1_epi32(255));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(power, nan, _mm512_set1_epi32(0x7FC00000)));
+}
 static inline F f_load_e5m2(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 8));
 }
@@ -88,5 +96,7 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   __m512i lanes = _mm512_shuffle_epi8(all, _mm512_load_si512(tables.spread));
   return _mm512_srlv_epi32(lanes, _mm512_load_si512(tables.shift));
 }
+
+}  // namespace
 
 #endif

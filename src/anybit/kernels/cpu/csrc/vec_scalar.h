@@ -3,6 +3,8 @@
 #ifndef ANYBIT_VEC_H
 #define ANYBIT_VEC_H
 
+namespace {
+
 static constexpr int LANES = 8;
 static constexpr bool VECTORS = false;  // registers, worth tiling for
 
@@ -39,6 +41,11 @@ static inline F f_load_f16(const uint16_t* p) { F r; EACH r.v[i] = float_of_f16(
 static inline void f_store_bf16(uint16_t* p, F a) { EACH p[i] = bf16_of_float(a.v[i]); }
 static inline F f_load_u8(const uint8_t* p) { F r; EACH r.v[i] = (float)p[i]; return r; }
 static inline F f_load_i8(const uint8_t* p) { F r; EACH r.v[i] = (float)(int8_t)p[i]; return r; }
+static inline F f_load_e8m0(const uint8_t* p) {
+  F r;
+  EACH r.v[i] = float_of_bits(p[i] == 255 ? 0x7FC00000u : p[i] == 0 ? 0x00400000u : (uint32_t)p[i] << 23);
+  return r;
+}
 static inline F f_load_e5m2(const uint8_t* p) { F r; EACH r.v[i] = float_of_f16((uint16_t)(p[i] << 8)); return r; }
 static inline F f_load_e4m3(const uint8_t* p) {  // the same exponent in half precision, 2**8 too small
   F r;
@@ -70,5 +77,7 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   return r;
 }
 #undef EACH
+
+}  // namespace
 
 #endif
