@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from anybit.containers import Checkpoint
-from anybit.containers.gguf import TYPES
 from anybit.errors import AnybitError, CheckpointError, CorruptFile, MissingTensor, UnsafeFile
+from anybit.weight.block_types import TYPES
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf_files"
 CORPUS = Path(__file__).parent / "data" / "gguf_corpus"

@@ -4,7 +4,7 @@
         checkpoint.tensors["lm_head.weight"]        # TensorInfo: dtype, shape, bytes, file; from headers alone, without torch
         checkpoint.read("lm_head.weight")           # a torch.Tensor that owns its memory
 
-`safetensors.py` and `pickles.py` read one file each, `locating.py` chooses the files of a folder, `writer.py` writes.
+`safetensors.py`, `gguf.py` and `pickles.py` read one file each, `locating.py` chooses the files of a folder, `writer.py` writes.
 """
 
 from anybit.containers.checkpoint import Checkpoint

@@ -92,6 +92,10 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise MissingTensor(f"tensor {shorten(name)} is not in {self.path}{did_you_mean(name, self.tensors)}")
+        return self.read_at(info, copy=copy)
+
+    def read_at(self, info: TensorInfo, *, copy: bool = True) -> Tensor:
+        """As `read`: a stored tensor, or a part of one whose bytes lie together."""
         file = self._files[info.file]
         if not file.is_open:
             self._make_room()
