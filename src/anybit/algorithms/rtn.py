@@ -28,6 +28,17 @@ class Range:
     offset: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Rounding:
+    """How a weight becomes a code, see `quantize`."""
+
+    arithmetic: torch.dtype
+    as_stored: bool
+    zero_first: bool
+    ties: str
+    reciprocal: bool
+
+
 # rule(lowest [blocks down, blocks across], highest) -> the fields of Range by name, same shape and dtype
 Rule = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -41,22 +52,23 @@ def quantize(
     arithmetic: str = "float32",
     as_stored: bool = False,
     zero_first: bool = False,
+    ties: str = "even",
+    reciprocal: bool = False,
 ) -> Weight:
     """The nearest codes of `target`'s grid.
 
     `symmetric`: zero is the middle code (without `ranges`). `arithmetic`: dtype of ranges and quotients, each operation
     rounded. `as_stored`: codes are chosen for scale and zero point as they are stored, not as they were computed.
-    `zero_first`: a zero point is always added before rounding, which decides ties differently when it is odd.
+    `zero_first`: a zero point is always added before rounding, which decides ties differently when it is odd. `ties`: what
+    lies half way between two codes becomes the "even" one, or the one "away" from zero. `reciprocal`: weights are multiplied
+    by 1 / scale, not divided by it.
     """
     grid = _checked(dense, target)
     rule = ranges or _spanning(grid, symmetric)
-    dtype: torch.dtype = getattr(torch, arithmetic)
+    how = _Rounding(getattr(torch, arithmetic), as_stored, zero_first, ties, reciprocal)
     if dense.dim() == 2:
-        return Weight(_matrix(dense, grid, rule, dtype, as_stored, zero_first), target.dtype, target.activation)
-    experts = [
-        _matrix(part, grid.select(number), rule, dtype, as_stored, zero_first)  # type: ignore[arg-type]
-        for number, part in enumerate(dense)
-    ]
+        return Weight(_matrix(dense, grid, rule, how), target.dtype, target.activation)
+    experts = [_matrix(part, grid.select(number), rule, how) for number, part in enumerate(dense)]  # type: ignore[arg-type]
     stacked = iter([torch.stack(own) for own in zip(*map(tensors_of, experts), strict=True)])
     return Weight(map_tensors(grid, lambda _: next(stacked)), target.dtype, target.activation)
 
@@ -89,7 +101,8 @@ def code_range(codes: Codes) -> tuple[int, int]:
 # --- one matrix ----------------------------------------------------------------------------------------------------------
 
 
-def _matrix(dense: Tensor, grid: Grid, rule: Rule, dtype: torch.dtype, as_stored: bool, zero_first: bool) -> Grid:
+def _matrix(dense: Tensor, grid: Grid, rule: Rule, how: _Rounding) -> Grid:
+    dtype = how.arithmetic
     rows, columns = dense.shape
     codes = grid.codes
     assert isinstance(codes, Codes)
@@ -98,26 +111,41 @@ def _matrix(dense: Tensor, grid: Grid, rule: Rule, dtype: torch.dtype, as_stored
     across = grid.block[1] if grid.scale.shape[1] > 1 else columns
     found = Range(**rule(*_extremes(dense, grid.scale.shape, down, across, dtype)))
     parameters = _stored(grid, found)
-    if as_stored:
+    if how.as_stored:
         found = Range(*(_as_read(parameters.get(name), dtype) for name in ("scale", "zero", "offset")))  # type: ignore[arg-type]
         found = replace(found, zero=None) if grid.zero is None else found
     first, last = code_range(codes)
     # a whole zero point is added after rounding, as in most integer formats; another one before
-    whole = not zero_first and found.zero is not None and bool((found.zero == found.zero.round()).all())
+    whole = not how.zero_first and found.zero is not None and bool((found.zero == found.zero.round()).all())
     packed = torch.empty(rows, packing.row_bytes(columns, codes.bits), dtype=torch.uint8, device=dense.device)
     for start, stop in row_chunks(rows, columns):
         block = torch.arange(start, stop, device=dense.device) // down
         scale, zero, offset = (_of_rows(part, block) for part in (found.scale, found.zero, found.offset))
         numbers = _blocks(dense[start:stop].to(dtype), across)
-        numbers = (numbers if offset is None else numbers - offset) / scale
+        numbers = numbers if offset is None else numbers - offset
+        numbers = numbers * (1 / scale) if how.reciprocal else numbers / scale
         if zero is not None and not whole:
             numbers += zero
-        numbers.round_()
+        _round_(numbers, how.ties)
         if zero is not None and whole:
             numbers += zero
         chosen = numbers.clamp_(first, last).to(torch.int16 if codes.bits < 16 else torch.int32)
         packed[start:stop] = packing.pack(chosen.flatten(1)[:, :columns], codes.bits)
     return replace(grid, codes=replace(codes, packed=packed), **parameters)  # type: ignore[arg-type]
+
+
+def _round_(numbers: Tensor, ties: str) -> None:
+    """To whole numbers, in place."""
+    if ties == "even":
+        numbers.round_()
+        return
+    if ties != "away":
+        raise ValueError(f"ties are 'even' or 'away', not {ties!r}")
+    # what lies below one half must not reach it by the addition's own rounding
+    away = numbers.trunc()
+    numbers.sub_(away)
+    away += torch.where(numbers.abs() >= 0.5, numbers.sign(), 0)
+    numbers.copy_(away)
 
 
 def _of_rows(parameter: Tensor | None, block: Tensor) -> Any:

@@ -1,0 +1,7 @@
+"""EETQ's golden under all laws."""
+
+from anybit.testing import MethodConformance
+
+
+class TestEetq(MethodConformance):
+    method = "eetq"
