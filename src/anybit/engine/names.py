@@ -106,6 +106,8 @@ class Names:
         """Place every stored tensor."""
         found = Sorted()
         for key in keys:
+            if self._beside(key, found):
+                continue
             renamed, converter, pattern = self.rename(key)
             if converter is not None and not _keeps_parts(converter):
                 conversion = Conversion(converter, renamed)
@@ -127,6 +129,15 @@ class Names:
             else:
                 found.unknown.append(key)
         return found
+
+    def _beside(self, key: str, found: Sorted) -> bool:
+        """Place a tensor that lies where a unit's dense weight would: nearly all of a packed checkpoint, and quickly."""
+        prefix, _, relative = key.rpartition(".")
+        part = self._part(f"{prefix}.weight") if prefix and relative != "weight" else None
+        if part is None or f"{part[0].removesuffix('weight')}{relative}" in self.state:
+            return False
+        found.parts.setdefault(part[0], {}).setdefault(part[1], Part(prefix)).stored[relative] = key
+        return True
 
     def rename(self, key: str) -> tuple[str, Any, str]:
         """The model's name of a stored dense tensor; with the converter and its pattern if several become one."""
@@ -173,13 +184,14 @@ class Names:
     def _place_as(self, key: str) -> tuple[str, Index, str, str] | None:
         """(slot, index, prefix, relative name) of a name that checkpoints of transformers could have."""
         pieces = key.split(".")
+        names = [".".join(pieces[:cut]) for cut in range(len(pieces) + 1)]
         for cut in range(len(pieces), 0, -1):
-            prefix, relative = ".".join(pieces[:cut]), ".".join(pieces[cut:])
-            found = self._part(f"{prefix}.weight") if cut < len(pieces) else None  # a module
-            if found is None and not prefix.endswith(".weight"):
-                found = self._part(prefix)  # a parameter of its own: 3-D experts
+            found = self._part(f"{names[cut - 1]}.weight") if cut > 1 else None  # a module
             if found is not None:
-                return *found, prefix, relative
+                return *found, names[cut - 1], ".".join(pieces[cut - 1 :])
+            found = self._part(names[cut]) if not names[cut].endswith(".weight") else None  # of its own: 3-D experts
+            if found is not None:
+                return *found, names[cut], ".".join(pieces[cut:])
         # names appended without a dot: gate_up_proj_blocks
         head, _, last = key.rpartition(".")
         for match in reversed(list(re.finditer("_", last))):
