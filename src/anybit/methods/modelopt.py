@@ -7,18 +7,32 @@ under the projections. The configuration is in config.json, in hf_quant_config.j
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.checkpoint_config import read_json
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.options import check_group_size, check_names, check_objects, check_type
+from anybit.quantizers.matching import compiled
+from anybit.quantizers.options import check_group_size, check_names, check_objects, check_type, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
+if TYPE_CHECKING:
+    from anybit.methods import _cache_scales as cache_scales
+    from anybit.methods import _modelopt_layouts as layouts
+    from anybit.methods import _modelopt_runtime as runtime
+    from anybit.weight import Layout, ModuleInfo
+else:
+    cache_scales = LazyModule("anybit.methods._cache_scales")
+    layouts = LazyModule("anybit.methods._modelopt_layouts")
+    runtime = LazyModule("anybit.methods._modelopt_runtime")
+
 FILE = "hf_quant_config.json"
+MIXED = "MIXED_PRECISION"
 
 
 @register_quantization_config("modelopt")
@@ -40,6 +54,13 @@ class ModelOptConfig(QuantizationConfigMixin):
     method: ClassVar[str] = "modelopt"
     aliases: ClassVar[Mapping[str, str]] = {"exclude_modules": "ignore"}
     side_files: ClassVar[tuple[str, ...]] = (FILE,)
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "modelopt-fp8-pc": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        "modelopt-fp8-pb": {"quant_algo": "fp8_pb_wo"},
+        "modelopt-mxfp8": {"quant_algo": "MXFP8"},
+        "modelopt-w4a16-nvfp4": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+        "modelopt-w4a16-int4": {"quant_algo": "W4A16_AWQ", "group_size": 128},
+    }
     optional: ClassVar[tuple[str, ...]] = (
         "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups", "quantized_layers", "has_zero_point",
         "pre_quant_scale", "producer",
@@ -51,6 +72,17 @@ class ModelOptConfig(QuantizationConfigMixin):
             check_group_size(self)
         check_objects(self, "kv_cache_scheme", "config_groups", "quantized_layers", "producer")
         check_names(self, "ignore")
+
+    @property
+    def cache_algo(self) -> str | None:
+        """How keys and values are quantized, in capitals; None when the configuration does not say."""
+        named = self.kv_cache_quant_algo
+        scheme = self.kv_cache_scheme
+        if named is None and isinstance(scheme, dict):
+            named = {8: "FP8", 4: "NVFP4"}.get(scheme.get("num_bits"))  # type: ignore[arg-type]
+        if named is None and isinstance(scheme, str):
+            named = scheme
+        return named.upper() if isinstance(named, str) else None
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
@@ -78,6 +110,93 @@ class ModelOptConfig(QuantizationConfigMixin):
 
 @register_quantizer("modelopt")
 class ModelOptHfQuantizer(HfQuantizer):
-    """ModelOpt's layouts."""
+    """ModelOpt's layouts. The tensors decide which; the plan says where the configuration differs."""
 
-    requires_calibration = True
+    layouts_available = True
+    default_algorithm = "minifloat"
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        config = self.quantization_config
+        if not pre_quantized and (config.quant_algo or "").upper() not in layouts.KNOWN:
+            raise refuse(config, "quant_algo", f"it must be one of {', '.join(layouts.KNOWN)}")
+
+    # --- which module, which algorithm ---
+
+    def algo_of(self, module: str) -> str | None:
+        """The algorithm the configuration names for a module, in capitals."""
+        config = self.quantization_config
+        named = config.quant_algo
+        if config.quantized_layers:
+            named = next(
+                (found for name in _owners(module) if (found := _algo(config.quantized_layers.get(name)))), None
+            )
+        return named.upper() if isinstance(named, str) else None
+
+    def skipped_modules(self) -> Sequence[str] | None:
+        return None if self.quantization_config.ignore is None else []  # its patterns are not those of other methods
+
+    def _ignored(self, module: str) -> str | None:
+        for pattern in self.quantization_config.ignore or ():
+            if pattern == module or ("*" in pattern and compiled(fnmatch.translate(pattern)).covers(module)):
+                return str(pattern)
+        return None
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        decided = self.decisions
+        super().begin(model, slots)
+        self.decisions = decided
+        config = self.quantization_config
+        if not self.pre_quantized and config.ignore is None:
+            config.ignore = list(self.modules_to_not_convert)
+
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        self.decisions = {}
+        if not self.pre_quantized:
+            return
+        algo = self.quantization_config.cache_algo
+        keys, attentions = cache_scales.attach_cache(model, checkpoint, path_of, rounds=algo in ("FP8", None))
+        for attention in attentions if algo != "FP8" else ():
+            what = (
+                "its scales are stored"
+                if algo is None
+                else f"its scales are kept and not used: {algo} is not supported"
+            )
+            self.decide(f"keys and values: {what}, and the configuration's kv_cache_quant_algo is {algo}", attention)
+        scaled, self.folds = runtime.attach_pre_scales(model, checkpoint, path_of)
+        self.attached = keys | scaled
+
+    # --- reading and creating ---
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        named = self.algo_of(module.name)
+        found = layouts.layout_of(module, stored, named)
+        if found is None:
+            return None
+        name, layout = found
+        if named != name and (named, name) not in layouts.SAME_TENSORS:
+            self.decide(f"stored as {name}, told from tensors; the configuration says {named}", module.name)
+        return layout
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        pattern = self._ignored(module.name)
+        if pattern is not None:
+            self.skip_reasons.setdefault(module.name, f"{pattern!r} is among the modules to ignore")
+        if not self.should_convert(module):
+            return None
+        layout = layouts.layout_for(module, self.algo_of(module.name) or "", self.quantization_config.group_size)
+        if isinstance(layout, str):
+            self.skip_reasons[module.name] = layout
+            return None
+        return layout
+
+
+def _owners(module: str) -> list[str]:
+    """The module's name and those it lies in, innermost first."""
+    pieces = module.split(".")
+    return [".".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
+
+
+def _algo(settings: Any) -> str | None:
+    found = settings.get("quant_algo") if isinstance(settings, dict) else None
+    return found if isinstance(found, str) else None

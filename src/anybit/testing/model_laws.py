@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,15 +43,17 @@ class ModelLaws:
         for name, tolerance in (("logits_fp32", "logits_fp32_atol"), ("logits_dense", "logits_dense_atol")):
             if name in reference:
                 return reference[name], fixture[tolerance], {"dtype": torch.float32}
-        in_float32 = "float32" in fixture.get("logits_note", "")
+        in_float32 = "float32" in f"{fixture.get('logits_note')} {fixture.get('logits_peer')}"
         return reference["logits"], fixture["logits_atol"], {"dtype": torch.float32} if in_float32 else {}
 
     def test_logits_are_the_vendors(self, golden: Golden) -> None:
         from anybit.engine.load import load
 
         wanted, tolerance, options = self.logits_of_reference(golden)
-        model: Any = load(golden.checkpoint, **{**options, **self.load_options})
+        model: Any = load(golden.checkpoint, **{"allow_pickle": True, **options, **self.load_options})
         assert any(isinstance(module, PackedWeight) for module in model.modules()), "nothing stayed packed"
+        if golden.fixture.get("logits_include_activation_quant") is False:
+            _leave_inputs(model)
         with torch.no_grad():
             logits = model(golden.reference["input_ids"]).logits.float()
         error = (logits - wanted).abs().max().item()
@@ -64,7 +67,7 @@ class ModelLaws:
         inputs = {name.removeprefix("x."): tensor for name, tensor in reference.items() if name.startswith("x.")}
         if not inputs:
             pytest.skip("the reference holds no inputs and outputs of single layers")
-        model: Any = load(golden.checkpoint, **self.load_options)
+        model: Any = load(golden.checkpoint, **{"allow_pickle": True, **self.load_options})
         for module, x in inputs.items():
             wanted = next(reference[name + module] for name in ("y_w8a8.", "y.") if name + module in reference)
             with torch.no_grad():
@@ -127,7 +130,7 @@ class ModelLaws:
     def test_law_12_load_and_save_give_back_the_bytes(self, golden: Golden, tmp_path: Path) -> None:
         from anybit.engine.load import load
 
-        model: Any = load(golden.checkpoint, **self.load_options)
+        model: Any = load(golden.checkpoint, **{"allow_pickle": True, **self.load_options})
         model.save_pretrained(tmp_path / "saved")
         ours, stored = (
             _all_tensors(tmp_path / "saved"),
@@ -142,7 +145,7 @@ class ModelLaws:
             assert raw(tensor) == raw(stored[name]), f"bytes of {name} changed"
         config = json.loads((tmp_path / "saved" / "config.json").read_text())
         before = json.loads((golden.path / "config.json").read_text())
-        assert config["quantization_config"] == before["quantization_config"]
+        assert config.get("quantization_config") == before.get("quantization_config")
 
 
 def _all_tensors(folder: Path) -> dict[str, Tensor]:
@@ -151,3 +154,10 @@ def _all_tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(file, "pt") as opened:
             found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     return found
+
+
+def _leave_inputs(model: torch.nn.Module) -> None:
+    """Multiply inputs as they are: some vendors' quantization of inputs runs on their GPUs only, and so not in references."""
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module._prepare(replace(module.quantized_weight, activation=None))
