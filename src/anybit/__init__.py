@@ -18,6 +18,7 @@ _NAMES = {
     "QuantizationMethod": "anybit.quantizers.config",
     "AutoHfQuantizer": "anybit.quantizers.auto",
     "AutoQuantizationConfig": "anybit.quantizers.auto",
+    "AutoTokenizer": "anybit.huggingface.tokenizers",
     "load": "anybit.engine.load",
     "plan": "anybit.engine.load",
     "quantize": "anybit.engine.quantize",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from anybit.engine.materialize import dense_part, make_weight
 from anybit.engine.names import WHOLE
 from anybit.engine.plan import Entry, PlannedPart, module_info
 from anybit.engine.quantize import copy_job, source_config, stored_of
-from anybit.engine.write import Job, Spec, side_files, write_checkpoint
+from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import CalibrationNeeded, ConfigError, NotRepresentable
 from anybit.quantizers.auto import AutoHfQuantizer
 from anybit.quantizers.base import HfQuantizer
@@ -111,8 +110,8 @@ def convert(
     config[KEY] = target.quantization_config.to_dict()
     dropped = type(ready.quantizer.quantization_config).side_files
     write_checkpoint(
-        dst, jobs, config, max_shard_size=max_shard_size, copy_from=side_files(Path(ready.folder), dropped), force=force,
-        progress=progress,
+        dst, jobs, config, max_shard_size=max_shard_size, copy_from=ready.side_files(dropped),
+        extra_files=ready.extra_files(), force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return report

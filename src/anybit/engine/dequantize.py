@@ -15,7 +15,7 @@ from anybit.engine.materialize import make_weight
 from anybit.engine.names import WHOLE
 from anybit.engine.plan import Entry, Plan, PlannedPart
 from anybit.engine.quantize import Fold, copy_job, source_config, stored_of
-from anybit.engine.write import Job, Spec, side_files, write_checkpoint
+from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import ConfigError
 from anybit.modules import PackedWeight, QuantExperts, TiedLinear
 from anybit.quantizers.attachments import detach
@@ -62,8 +62,8 @@ def dequantize(
     config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
     dropped = type(ready.quantizer.quantization_config).side_files
     write_checkpoint(
-        dst, jobs, config, max_shard_size=max_shard_size, copy_from=side_files(ready.folder, dropped), force=force,
-        progress=progress,
+        dst, jobs, config, max_shard_size=max_shard_size, copy_from=ready.side_files(dropped),
+        extra_files=ready.extra_files(), force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return ready.plan

@@ -245,9 +245,7 @@ def _enough(tokens: Tokens, source: str) -> Tokens:
 
 def find_tokenizer(*sources: Any) -> Any:
     """The tokenizer beside the first of these models or paths that has one; InvalidOption when none has."""
-    from transformers import AutoTokenizer
-
-    from anybit.engine.source import locate
+    from anybit.engine.source import locate, read_tokenizer
 
     tried = []
     for source in sources:
@@ -256,12 +254,11 @@ def find_tokenizer(*sources: Any) -> Any:
             source = plan.path if plan is not None else getattr(getattr(source, "config", None), "_name_or_path", None)
         if not source:
             continue
-        folder = locate(source)
-        folder = folder if folder.is_dir() else folder.parent
+        location = locate(source)
         try:
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            return read_tokenizer(location)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            tried.append(f"{folder}: {str(error).splitlines()[0]}")
+            tried.append(f"{location}: {str(error).splitlines()[0]}")
     raise InvalidOption(
         "no tokenizer was found"
         + "".join(f"; {line}" for line in tried)

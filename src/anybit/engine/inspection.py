@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from anybit.containers import Checkpoint
-from anybit.engine.source import locate
+from anybit.engine.source import locate, unbundled
 from anybit.errors import AnybitError
-from anybit.quantizers.auto import AutoQuantizationConfig
+from anybit.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from anybit.quantizers.checkpoint_config import model_config_of
 
 
@@ -61,7 +61,7 @@ def inspect(
     """
     location = locate(path, **(hub_options or {}))
     problems: list[str] = []
-    config = architecture = checkpoint = None
+    config = architecture = checkpoint = found = None
     try:
         found = AutoQuantizationConfig.find(location)
         config = found.to_dict() if found is not None else None
@@ -70,7 +70,10 @@ def inspect(
     except AnybitError as error:
         problems.append(str(error))
     try:
-        checkpoint = Checkpoint.open(location, allow_pickle=allow_pickle)
+        quantizer = AutoHfQuantizer.from_config(found) if found is not None else None
+        checkpoint, bundle = unbundled(Checkpoint.open(location, allow_pickle=allow_pickle), quantizer)
+        if bundle is not None:
+            architecture = bundle.config["architectures"][0]
     except AnybitError as error:
         problems.append(str(error))
     tensors = checkpoint.tensors if checkpoint is not None else {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from anybit.engine import devices, skeleton
 from anybit.engine.materialize import attach_packed, load_entry, load_plain, set_tensor, tie
 from anybit.engine.names import Names
 from anybit.engine.plan import Plan, build_plan
-from anybit.engine.source import locate, read_quantizer
+from anybit.engine.source import locate, read_quantizer, unbundled
+from anybit.engine.write import side_files
 from anybit.errors import InvalidOption, did_you_mean
 from anybit.modules import PackedWeight
 from anybit.quantizers.base import HfQuantizer
+from anybit.quantizers.bundle import Bundle
+from anybit.quantizers.checkpoint_config import read_json
 from anybit.weight import Layout, Weight
 
 TRIM_EVERY_BYTES = 32 << 20
@@ -113,7 +117,23 @@ class Prepared:
     names: Names
     quantizer: HfQuantizer | None
     folder: Path
-    own_config: bool = True  # the model's configuration is the one in the folder
+    own_config: bool = True  # the model's configuration is the one in the folder, or in the bundle
+    bundle: Bundle | None = None  # what the checkpoint's own files hold instead of files beside them
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """What config.json holds, or would hold; None without one."""
+        if self.bundle is not None:
+            return copy.deepcopy(dict(self.bundle.config))
+        file = self.folder / "config.json"
+        return read_json(file) if file.is_file() else None
+
+    def side_files(self, drop: Iterable[str] = ()) -> list[Path]:
+        """Files that go along with the model; `drop`: names that no longer hold."""
+        return side_files(self.folder, drop) if self.bundle is None else []
+
+    def extra_files(self) -> dict[str, bytes]:
+        """The same for files that a bundle holds inside, by name."""
+        return {} if self.bundle is None else self.bundle.side_files()
 
 
 def prepare(
@@ -137,8 +157,10 @@ def prepare(
     if quantizer is not None:
         quantizer.validate_environment(device_map=device_map, weights_only=True)
     checkpoint = Checkpoint.open(location, allow_pickle=allow_pickle)
+    checkpoint, bundle = unbundled(checkpoint, quantizer)
     own_config = config is None
-    config = skeleton.read_config(folder) if config is None else config
+    if config is None:
+        config = skeleton.read_config(folder) if bundle is None else skeleton.config_of(bundle.config)
     wanted = _dtype(dtype, config, checkpoint)
     if quantizer is not None:
         wanted = quantizer.update_dtype(wanted)
@@ -151,7 +173,7 @@ def prepare(
         quantizer.begin(model, list(slots.values()))
     made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict)
     own_config = own_config and type(model).__name__ in (config.architectures or [type(model).__name__])
-    return Prepared(model, made, checkpoint, names, quantizer, folder, own_config)
+    return Prepared(model, made, checkpoint, names, quantizer, folder, own_config, bundle)
 
 
 def place(prepared: Prepared, device_map: Any, max_memory: Mapping[Any, Any] | None = None) -> devices.Placement:
@@ -230,7 +252,11 @@ def _mark(model: Any, prepared: Prepared) -> None:
         quantizer.preprocess_model(model)
     model.anybit_plan = prepared.plan
     model.config._name_or_path = model.name_or_path = prepared.plan.path
-    if model.can_generate() and (prepared.folder / "generation_config.json").is_file():
+    if model.can_generate() and prepared.bundle is not None:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig(**prepared.bundle.generation)
+    elif model.can_generate() and (prepared.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(prepared.folder)

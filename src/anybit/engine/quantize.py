@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from anybit.engine.calibration import LENGTH, SAMPLES, SEED, Calibrator, Observe
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.materialize import dense_part, make_weight
 from anybit.engine.plan import Entry, Plan
-from anybit.engine.write import Job, Spec, side_files, write_checkpoint
+from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import ConfigError
-from anybit.quantizers.checkpoint_config import read_json
 from anybit.weight import Layout, Weight
 from anybit.weight.layout import join_name
 
@@ -90,8 +88,8 @@ def quantize(
     }
     metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
     write_checkpoint(
-        dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=side_files(ready.folder),
-        force=force, progress=progress,
+        dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=ready.side_files(),
+        extra_files=ready.extra_files(), force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return ready.plan
@@ -221,8 +219,8 @@ def copy_job(checkpoint: Checkpoint, info: Any, dtype: torch.dtype | None, fold:
 
 def source_config(ready: Prepared) -> dict[str, Any]:
     """config.json of the source, as a dictionary; the model class's own when there is none."""
-    file = Path(ready.folder) / "config.json"
-    return read_json(file) if file.is_file() else dict(ready.model.config.to_diff_dict())
+    stored = ready.stored_config()
+    return stored if stored is not None else dict(ready.model.config.to_diff_dict())
 
 
 def _once(jobs: list[Job]) -> list[Job]:

@@ -43,9 +43,10 @@ _OPTIONS = (
 def bind(model: Any, prepared: Prepared) -> None:
     """Give a loaded model `save_pretrained` and `dequantize` of its own, and remember where it came from."""
     source = prepared.folder / "config.json"
-    known = prepared.own_config and source.is_file()
+    known = prepared.own_config and source.is_file() and prepared.bundle is None
     model._anybit_source = {
-        "folder": str(prepared.folder),
+        "folder": str(prepared.folder) if prepared.bundle is None else None,
+        "bundled_files": prepared.bundle.files if prepared.bundle is not None else None,
         "config": read_json(source) if known else None,
         "config_bytes": source.read_bytes() if known else None,
         "snapshot": _snapshot(model),
@@ -106,14 +107,18 @@ def save(
     source = model._anybit_source
     plan: Plan = model.anybit_plan
     jobs = [*_packed_jobs(model), *_dense_jobs(model, plan)]
-    folder = Path(source["folder"])
+    beside = side_files(Path(source["folder"])) if source["folder"] is not None else []
     generation = getattr(model, "generation_config", None)
-    extra: dict[str, bytes] = {}
-    if generation is not None and model.can_generate() and not (folder / "generation_config.json").is_file():
+    extra: dict[str, bytes] = dict(source["bundled_files"]()) if source["bundled_files"] is not None else {}
+    if (
+        generation is not None
+        and model.can_generate()
+        and all(file.name != "generation_config.json" for file in beside)
+    ):
         extra["generation_config.json"] = generation.to_json_string(use_diff=True).encode()
     return write_checkpoint(
         target, jobs, _config(model), like=source["arrangement"], metadata=_metadata(model, jobs),
-        max_shard_size=max_shard_size, copy_from=side_files(folder) if folder.is_dir() else (), extra_files=extra,
+        max_shard_size=max_shard_size, copy_from=beside, extra_files=extra,
         force=force, merge=True,
     )  # fmt: skip
 

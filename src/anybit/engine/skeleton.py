@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,19 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+
+
+def config_of(settings: Mapping[str, Any]) -> Any:
+    """transformers' configuration of what a config.json would hold; ConfigError where its class refuses it."""
+    from transformers import AutoConfig
+
+    own = {name: value for name, value in settings.items() if name != "model_type"}
+    try:
+        return AutoConfig.for_model(settings["model_type"], **own)
+    except Exception as error:  # its classes check values with errors of several libraries
+        raise ConfigError(
+            f"transformers' configuration of {settings['model_type']!r} refuses the settings: {error}"
+        ) from error
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:

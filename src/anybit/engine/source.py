@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from anybit.containers import Checkpoint
+from anybit.containers.renamed import Renamed
 from anybit.errors import CheckpointError
 from anybit.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from anybit.quantizers.base import HfQuantizer
+from anybit.quantizers.bundle import Bundle
 
 # what a packed load reads; weights of other frameworks and code are never fetched
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja"]
@@ -29,6 +32,36 @@ def locate(path: str | os.PathLike[str], **hub_options: Any) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{name!r} is no folder here, and the hub could not be asked for it: {error}") from error
+
+
+def unbundled(checkpoint: Checkpoint, quantizer: HfQuantizer | None) -> tuple[Checkpoint, Bundle | None]:
+    """Tensors under names that transformers knows, and what else the files hold if they carry the whole model."""
+    bundle = quantizer.unbundle(checkpoint) if quantizer is not None else None
+    return (checkpoint if bundle is None else Renamed(checkpoint, bundle.tensors, bundle.ignored)), bundle
+
+
+def read_tokenizer(path: str | os.PathLike[str], **options: Any) -> Any:
+    """transformers' tokenizer of a folder, of a file that carries one, or of a hub id; `options` are its own."""
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    location = locate(path)
+    quantizer = read_quantizer(location)
+    bundle = None
+    if quantizer is not None and quantizer.reads_bundles:
+        with Checkpoint.open(location) as checkpoint:
+            bundle = quantizer.unbundle(checkpoint)
+    files = bundle.files() if bundle is not None else {}
+    if not files:
+        folder = location if location.is_dir() else location.parent
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+    with tempfile.TemporaryDirectory(prefix="anybit-tokenizer-") as folder_name:
+        for name, content in files.items():
+            (Path(folder_name) / name).write_bytes(content)
+        tokenizer = AutoTokenizer.from_pretrained(folder_name, trust_remote_code=False, **options)
+    tokenizer.name_or_path = str(path)
+    return tokenizer
 
 
 def read_quantizer(path: Path, quantization_config: Any = None) -> HfQuantizer | None:

@@ -60,6 +60,8 @@ class AutoClass:
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         path = locate(pretrained_model_name_or_path, **hub_options)
         path = path / subfolder if subfolder else path
+        file = kwargs.pop("gguf_file", None)
+        path = path / file if file is not None and path.is_dir() else path
         wanted = dtype if dtype is not None else torch_dtype
         if read_quantizer(path, quantization_config) is None:
             return cls._dense(path, config, wanted, kwargs)

@@ -88,6 +88,7 @@ class GgufHfQuantizer(HfQuantizer):
 
         bundle = bundle_of(checkpoint)
         self._ignored = bundle.ignored
+        self.quantization_config.gguf_file = None  # what is made of the file from here on is no such file
         return bundle
 
     @staticmethod

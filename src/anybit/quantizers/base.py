@@ -11,6 +11,7 @@ from anybit.quantizers.config import QuantizationConfigMixin, QuantizationMethod
 if TYPE_CHECKING:
     import torch
 
+    from anybit.quantizers.bundle import Bundle
     from anybit.weight import Layout, ModuleInfo
 
 
@@ -164,6 +165,15 @@ class HfQuantizer:
         return list(names)
 
     # --- what the engine asks ---
+
+    reads_bundles: bool = False  # whether some files of the method carry the whole model
+
+    def unbundle(self, checkpoint: Any) -> Bundle | None:
+        """For files that carry the whole model (configuration, tokenizer, names of their own): what is in them, else None.
+
+        `checkpoint`: its `.tensors` by name, `.values`, `.path` and `.read(name)`. Called once, right after it was opened.
+        """
+        return None
 
     def other_names(self, stored: str) -> Sequence[str]:
         """What transformers' own checkpoints may call a tensor that this format stores under a name of its own.
