@@ -118,7 +118,7 @@ def _(gradient: Tensor, ends: Tensor, packed: list[Tensor], spec: str, columns: 
 def _experts_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
     x, ends, packed, ctx.spec, _ = inputs  # type: ignore[attr-defined]
     ctx.columns, ctx.count = x.shape[-1], len(packed)  # type: ignore[attr-defined,arg-type]
-    ctx.save_for_backward(ends, *packed)  # type: ignore[misc]
+    ctx.save_for_backward(ends, *packed)  # type: ignore[misc,arg-type]
 
 
 def _experts_backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[object, ...]:

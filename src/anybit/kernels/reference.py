@@ -41,7 +41,9 @@ def multiply(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
 
     if weight.activation is not None:
         if weight.activation.rule not in RULES:
-            raise NoKernel(f"activation rule {weight.activation.rule!r} is not registered; import the method that owns it")
+            raise NoKernel(
+                f"activation rule {weight.activation.rule!r} is not registered; import the method that owns it"
+            )
         return RULES[weight.activation.rule](x, weight, bias, product)
     y = product(x)
     return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)
