@@ -212,6 +212,35 @@ def test_input_scale_is_used() -> None:
     assert weight.activation.rule == "e4m3_static"
 
 
+@pytest.mark.parametrize(("scheme", "wanted"), [({}, "e4m3_static"), ({"activation_scheme": "dynamic"}, "e4m3_token")])
+def test_input_scale_where_the_configuration_is_vague_or_is_not(scheme: dict[str, str], wanted: str) -> None:
+    tensors = {"weight": codes(48, 256), "weight_scale": torch.tensor(0.5), "input_scale": torch.tensor(0.125)}
+    _, weight, _ = read({"quant_algo": "MIXED_PRECISION", **scheme}, linear(48, 256), **tensors)
+    assert weight.activation is not None
+    assert weight.activation.rule == wanted
+
+
+@pytest.mark.parametrize("named", [{"kv_cache_scheme": "static"}, {"kv_cache_quant_algo": "FP8"}, {}])
+def test_scales_of_keys_and_values(named: dict[str, str], tmp_path: Path) -> None:
+    source = GOLDEN / "block128_awkward"
+    shutil.copytree(source, tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("k", "v"):
+        tensors[f"model.layers.0.self_attn.{name}_scale"] = torch.tensor([0.05])
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"].update(named)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model: Any = anybit.load(tmp_path / "model")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        rounded = not torch.equal(model(ids).logits, anybit.load(source)(ids).logits)
+    assert rounded == bool(named)
+    assert any("kept and not used" in note for note in model.anybit_plan.notes) == (not named)
+    model.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(tensors)
+
+
 def test_inputs_are_measured_in_the_runs_of_the_blocks() -> None:
     layout = Fp8Layout((8, 200), block=(128, 128), inputs=Inputs("e4m3_group", "e4m3", "group", 128))
     weight = algorithms.get("minifloat")(torch.randn(8, 200), layout.scheme(), **layout.algorithm_options())

@@ -210,6 +210,23 @@ def test_static_inputs_need_their_scale() -> None:
         read({"quant_algo": "FP8"}, linear(8, 24), weight=codes(8, 24), weight_scale=torch.tensor(0.5))
 
 
+def test_files_that_disagree_are_said(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "nvfp4", tmp_path / "model")
+    file = tmp_path / "model" / "hf_quant_config.json"
+    file.write_text(file.read_text().replace('"NVFP4"', '"FP8"'))
+    plan = anybit.plan(tmp_path / "model")
+    assert any("'NVFP4' in config.json and 'FP8' in the side file" in note for note in plan.notes)
+
+
+def test_layers_that_stay_as_their_fp8_source_had_them() -> None:
+    weight, scale = codes(130, 256), torch.rand(2, 2) + 0.5
+    _, decoded, quantizer = read({"quant_algo": "NVFP4"}, linear(130, 256), weight=weight, weight_scale_inv=scale)
+    wanted = scale.repeat_interleave(128, 0)[:130].repeat_interleave(128, 1)
+    assert torch.equal(decoded.to_dense(torch.float32), weight.float() * wanted)
+    assert rule(decoded) == "e4m3_group"
+    assert "FP8 in blocks" in next(iter(quantizer.decisions))
+
+
 @pytest.mark.parametrize("named", ["modelopt_fp4", "modelopt"])
 def test_names_of_the_method(named: str) -> None:
     config = AutoQuantizationConfig.from_dict({"quant_method": named, "quant_algo": "NVFP4"})

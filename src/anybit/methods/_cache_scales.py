@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 SCALE = re.compile(r"(.+)\.([kv]_scale)")
 
 
+def cache_algo(named: Any, scheme: Any) -> str | None:
+    """What kv_cache_quant_algo and kv_cache_scheme (an object, or a text) say, in capitals; None when neither says anything."""
+    if named is None and isinstance(scheme, dict):
+        named = {8: "FP8", 4: "NVFP4"}.get(scheme.get("num_bits"), f"{scheme.get('num_bits')} bits")  # type: ignore[arg-type]
+    if named is None:
+        named = scheme
+    if not isinstance(named, str):
+        return None
+    return "FP8" if named.lower().startswith("fp8") or named == "static" else named.upper()
+
+
 @dataclass
 class RoundedToFp8:
     """States as E4M3 numbers times their scale; `holder`: the child that has the scale, "" for attention itself."""

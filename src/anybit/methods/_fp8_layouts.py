@@ -134,7 +134,8 @@ def _inputs_of(
     quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any], own: str, reading: Reading
 ) -> tuple[Inputs | None, tuple[Spec, ...]]:
     """What happens to the input, and stored scales that have no part in it."""
-    scheme = quantizer.quantization_config.activation_scheme
+    config = quantizer.quantization_config
+    scheme, named = config.activation_scheme, "activation_scheme" in config._given
     if reading.block == MX and stored[own].dtype == "float8_e4m3fn":
         return _mx_inputs(module, stored, own), ()
     name = first_stored(stored, INPUT_SCALES[own])
@@ -150,8 +151,8 @@ def _inputs_of(
         return None, static
     # transformers' kernel for one scale per matrix measures every token, whatever activation_scheme says; input_scale is the
     # name in other engines' files, and they use it
-    used = name == "input_scale" or reading.block != WHOLE
-    if static and used and scheme == "static":
+    foreign = name == "input_scale"
+    if static and (reading.block != WHOLE or foreign) and (scheme == "static" or (foreign and not named)):
         return Inputs("e4m3_static", granularity="tensor", stored=static, stacked=len(module.shape) == 3), ()
     if static:
         quantizer.decide(

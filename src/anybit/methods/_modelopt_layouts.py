@@ -159,6 +159,8 @@ def layout_of(module: ModuleInfo, stored: Mapping[str, Any], algo: str | None) -
     info, scale = stored.get("weight"), stored.get("weight_scale")
     if info is None or info.dtype not in ("float8_e4m3fn", "uint8", "int8"):
         return None
+    if scale is None and info.dtype == "float8_e4m3fn" and "weight_scale_inv" in stored:
+        return _deepseek_fp8(module, stored)
     if scale is None:
         raise missing(module, "weight_scale", f"{info.name!r} is {info.dtype} and has no meaning without it")
     if (algo or "").upper() in UNVERIFIED:
@@ -201,6 +203,19 @@ def _fp8(module: ModuleInfo, stored: Mapping[str, Any]) -> tuple[str, Layout]:
         module.shape, module.dtype, block=reading.block, scale_dtype=scale.dtype, scale_form=reading.form, inputs=inputs
     )
     return name, layout
+
+
+def _deepseek_fp8(module: ModuleInfo, stored: Mapping[str, Any]) -> tuple[str, Layout]:
+    """Layers that stay as the FP8 source of the checkpoint had them, inputs measured in the runs of the blocks."""
+    scale = stored["weight_scale_inv"]
+    reading = read_scale(module, scale, TILES)
+    if reading is None or reading.block != TILES or scale.dtype not in FLOATS:
+        raise contradiction(module, stored, ("weight", "weight_scale_inv"), "FP8 in blocks of 128 x 128")
+    inputs = Inputs("e4m3_group", granularity="group", group_size=TILES[1])
+    return "FP8 in blocks", ModelOptFp8Layout(
+        module.shape, module.dtype, block=TILES, scale_name="weight_scale_inv", scale_dtype=scale.dtype,
+        scale_form=reading.form, inputs=inputs,
+    )  # fmt: skip
 
 
 def _int4(module: ModuleInfo, stored: Mapping[str, Any], scale: Any) -> tuple[str, Layout]:

@@ -8,7 +8,7 @@ weight_scale_inv is multiplied. Experts with expert_dtype "fp4": int8 [out, in/2
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,9 +22,11 @@ from anybit.quantizers.options import check_choice, check_flags, check_names, ch
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
+    from anybit.methods import _cache_scales as cache_scales
     from anybit.methods import _fp8_layouts as layouts
     from anybit.weight import Layout, ModuleInfo
 else:
+    cache_scales = LazyModule("anybit.methods._cache_scales")
     layouts = LazyModule("anybit.methods._fp8_layouts")
 
 # what a file of these methods means when it says nothing
@@ -107,6 +109,24 @@ class FineGrainedFP8HfQuantizer(HfQuantizer):
 
     layouts_available = True
     default_algorithm = "minifloat"
+
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        self.decisions = {}
+        if not self.pre_quantized:
+            return
+        # transformers knows no quantized cache for this method; files of other engines have scales for one
+        extra = self.quantization_config.extra_fields
+        algo = cache_scales.cache_algo(extra.get("kv_cache_quant_algo"), extra.get("kv_cache_scheme"))
+        self.attached, attentions = cache_scales.attach_cache(model, checkpoint, path_of, rounds=algo == "FP8")
+        for attention in attentions if algo != "FP8" else ():
+            self.decide(
+                f"scales of keys and values are kept and not used: the configuration's cache is {algo}", attention
+            )
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        decided = self.decisions
+        super().begin(model, slots)
+        self.decisions = decided
 
     # --- reading ---
 

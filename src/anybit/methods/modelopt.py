@@ -76,13 +76,7 @@ class ModelOptConfig(QuantizationConfigMixin):
     @property
     def cache_algo(self) -> str | None:
         """How keys and values are quantized, in capitals; None when the configuration does not say."""
-        named = self.kv_cache_quant_algo
-        scheme = self.kv_cache_scheme
-        if named is None and isinstance(scheme, dict):
-            named = {8: "FP8", 4: "NVFP4"}.get(scheme.get("num_bits"))  # type: ignore[arg-type]
-        if named is None and isinstance(scheme, str):
-            named = scheme
-        return named.upper() if isinstance(named, str) else None
+        return cache_scales.cache_algo(self.kv_cache_quant_algo, self.kv_cache_scheme)
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
@@ -154,6 +148,7 @@ class ModelOptHfQuantizer(HfQuantizer):
         self.decisions = {}
         if not self.pre_quantized:
             return
+        self._compare_files(checkpoint)
         algo = self.quantization_config.cache_algo
         keys, attentions = cache_scales.attach_cache(model, checkpoint, path_of, rounds=algo in ("FP8", None))
         for attention in attentions if algo != "FP8" else ():
@@ -165,6 +160,19 @@ class ModelOptHfQuantizer(HfQuantizer):
             self.decide(f"keys and values: {what}, and the configuration's kv_cache_quant_algo is {algo}", attention)
         scaled, self.folds = runtime.attach_pre_scales(model, checkpoint, path_of)
         self.attached = keys | scaled
+
+    def _compare_files(self, checkpoint: Any) -> None:
+        """Say where config.json and the side file disagree; config.json counts, and tensors more than both."""
+        folder = Path(checkpoint.path)
+        file = (folder if folder.is_dir() else folder.parent) / FILE
+        if not file.is_file():
+            return
+        config = self.quantization_config
+        beside = config.modernize(read_json(file))
+        for name in ("quant_algo", "kv_cache_quant_algo", "group_size"):
+            ours, theirs = getattr(config, name), beside.get(name)
+            if ours is not None and theirs is not None and str(ours).upper() != str(theirs).upper():
+                self.decide(f"{name} is {ours!r} in config.json and {theirs!r} in the side file", FILE)
 
     # --- reading and creating ---
 
