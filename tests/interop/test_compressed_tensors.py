@@ -29,11 +29,9 @@ def test_theirs_computes_what_ours_does(scheme, tmp_path):
     options = (
         {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if scheme in AS_DENSE else {}
     )
-    dtype = torch.bfloat16 if scheme in AS_DENSE else torch.float32
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "made", dtype=torch.bfloat16, **options
-    ).eval()
-    ours = load(tmp_path / "made")
+    options["dtype"] = torch.bfloat16 if scheme in AS_DENSE else torch.float32
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", **options).eval()
+    ours = load(tmp_path / "made", dtype=options["dtype"])
     ids = torch.tensor([[1, 5, 9, 3, 15, 2]])
     if scheme in AS_DENSE:  # which also forgets that inputs are quantized
         for name, module in ours.named_modules():
