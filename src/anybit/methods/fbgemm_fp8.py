@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from anybit._lazy import LazyModule
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import check_names, check_type
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
     from anybit.methods import _fbgemm_layouts as layouts
+    from anybit.quantizers import matching
     from anybit.weight import Layout, ModuleInfo
 else:
     layouts = LazyModule("anybit.methods._fbgemm_layouts")
+    matching = LazyModule("anybit.quantizers.matching")
 
 
 @register_quantization_config("fbgemm_fp8")
@@ -52,7 +53,7 @@ class FbgemmFp8HfQuantizer(HfQuantizer):
         return layouts.layout_of(module, stored, self.quantization_config.activation_scale_ub)
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
-        pattern = matching_pattern(module.name, self.modules_to_not_convert)
+        pattern = matching.matching_pattern(module.name, self.modules_to_not_convert)
         reason = f"{pattern!r} is among the modules not to convert" if pattern is not None else None
         reason = reason or layouts.stays_dense(module)
         if reason is not None:

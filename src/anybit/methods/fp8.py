@@ -14,20 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
-from anybit.methods._fp8_lost_config import without_config
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin, method_of
-from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import check_choice, check_flags, check_names, check_type, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
     from anybit.methods import _cache_scales as cache_scales
     from anybit.methods import _fp8_layouts as layouts
+    from anybit.methods import _fp8_lost_config as lost_config
+    from anybit.quantizers import matching
     from anybit.weight import Layout, ModuleInfo
 else:
     cache_scales = LazyModule("anybit.methods._cache_scales")
     layouts = LazyModule("anybit.methods._fp8_layouts")
+    lost_config = LazyModule("anybit.methods._fp8_lost_config")
+    matching = LazyModule("anybit.quantizers.matching")
 
 # what a file of these methods means when it says nothing
 FILE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mxfp8": {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"}}
@@ -80,7 +82,7 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
 
     @classmethod
     def found_in(cls, folder: Path, model_config: Mapping[str, Any]) -> dict[str, Any] | None:
-        return super().found_in(folder, model_config) or without_config(folder)
+        return super().found_in(folder, model_config) or lost_config.without_config(folder)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -136,6 +138,6 @@ class FineGrainedFP8HfQuantizer(HfQuantizer):
     # --- creating ---
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
-        if matching_pattern(module.name, self.modules_to_not_convert) is not None:
+        if matching.matching_pattern(module.name, self.modules_to_not_convert) is not None:
             self.skip_reasons.setdefault(module.name, "it is among the modules not to convert")
         return layouts.layout_for(self, module) if self.should_convert(module) else None

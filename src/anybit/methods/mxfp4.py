@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
-from anybit.methods._headers import headers_of
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import check_flags, check_names
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
+    from anybit.methods import _headers as headers
     from anybit.methods import _mxfp4_layouts as layouts
+    from anybit.quantizers import matching
     from anybit.weight import Layout, ModuleInfo
 else:
     layouts = LazyModule("anybit.methods._mxfp4_layouts")
+    headers = LazyModule("anybit.methods._headers")
+    matching = LazyModule("anybit.quantizers.matching")
 
 
 @register_quantization_config("mxfp4")
@@ -51,8 +53,7 @@ class Mxfp4Config(QuantizationConfigMixin):
         found = super().found_in(folder, model_config)
         if found is None and model_config.get("model_type") == "gpt_oss":
             # transformers saves what it loaded on a CPU without a configuration, and dense numbers under the packed names
-            headers = headers_of(folder, "_proj_blocks")
-            found = {"quant_method": cls.method} if headers else None
+            found = {"quant_method": cls.method} if headers.headers_of(folder, "_proj_blocks") else None
         return found
 
 
@@ -73,7 +74,7 @@ class Mxfp4HfQuantizer(HfQuantizer):
         if module.kind != "experts" or not module.class_name.startswith("GptOss"):
             self.skip_reasons[module.name] = "MXFP4 is the format of GPT-OSS' experts, and of nothing else"
             return None
-        pattern = matching_pattern(module.name.rpartition(".")[0], self.modules_to_not_convert)
+        pattern = matching.matching_pattern(module.name.rpartition(".")[0], self.modules_to_not_convert)
         if pattern is not None:
             self.skip_reasons[module.name] = f"{pattern!r} is among the modules not to convert"
         elif module.shape[-1] % layouts.GROUP:

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from anybit._lazy import LazyModule
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.matching import matching_pattern
 from anybit.quantizers.options import check_names
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
     from anybit.methods import _float_evidence as evidence
     from anybit.methods import _scaled_floats as scaled_floats
+    from anybit.quantizers import matching
     from anybit.weight import Layout, ModuleInfo
 else:
     evidence = LazyModule("anybit.methods._float_evidence")
     scaled_floats = LazyModule("anybit.methods._scaled_floats")
+    matching = LazyModule("anybit.quantizers.matching")
 
 GROUP = 16
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -65,7 +66,7 @@ class NVFP4HfQuantizer(HfQuantizer):
         return layout
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
-        pattern = matching_pattern(module.name, self.modules_to_not_convert)
+        pattern = matching.matching_pattern(module.name, self.modules_to_not_convert)
         reason = f"{pattern!r} is among the modules not to convert" if pattern is not None else _stays_dense(module)
         if reason is not None:
             self.skip_reasons.setdefault(module.name, reason)
