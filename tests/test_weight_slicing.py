@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_weight_nodes import assert_equal, part_of
 
 from anybit.errors import NotRepresentable
 from anybit.testing import strategies
@@ -16,7 +17,6 @@ from anybit.weight.activation import Activation
 from anybit.weight.joining import join_rows, split_rows, stack, unstack
 from anybit.weight.slicing import slice_columns, slice_rows
 from anybit.weight.weight import Weight, same
-from test_weight_nodes import assert_equal, part_of
 
 bounded = settings(max_examples=100, deadline=None)
 
