@@ -19,7 +19,7 @@ from anybit.engine import devices, skeleton
 from anybit.engine.materialize import attach_packed, load_entry, load_plain, set_tensor, tie
 from anybit.engine.names import Names
 from anybit.engine.plan import Plan, build_plan
-from anybit.engine.source import locate, read_quantizer, unbundled
+from anybit.engine.source import locate, read_quantizer, recognize_quantizer, unbundled
 from anybit.engine.write import side_files
 from anybit.errors import InvalidOption, did_you_mean
 from anybit.modules import PackedWeight
@@ -156,8 +156,16 @@ def prepare(
     device = devices.main_device(device_map)
     if quantizer is not None:
         quantizer.validate_environment(device_map=device_map, weights_only=True)
-    checkpoint = Checkpoint.open(location, allow_pickle=allow_pickle)
+    weights = location if quantizer is None else quantizer.weights_in(location)
+    checkpoint: Any = Checkpoint.open(weights, allow_pickle=allow_pickle)
+    if quantizer is None or not quantizer.pre_quantized:
+        shown = recognize_quantizer(location, checkpoint.tensors, quantization_config)
+        if shown is not None:
+            shown.validate_environment(device_map=device_map, weights_only=True)
+            quantizer = shown
     checkpoint, bundle = unbundled(checkpoint, quantizer)
+    if quantizer is not None:
+        checkpoint = quantizer.spelled_out(checkpoint)
     own_config = config is None
     if config is None:
         config = skeleton.read_config(folder) if bundle is None else skeleton.config_of(bundle.config)

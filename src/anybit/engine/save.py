@@ -50,10 +50,7 @@ def bind(model: Any, prepared: Prepared) -> None:
         "config": read_json(source) if known else None,
         "config_bytes": source.read_bytes() if known else None,
         "snapshot": _snapshot(model),
-        "arrangement": Arrangement(
-            {name: Path(info.file).name for name, info in prepared.checkpoint.tensors.items()},
-            dict(prepared.checkpoint.metadata),
-        ),
+        "arrangement": _arrangement(prepared.checkpoint),
         "as_stored": prepared.quantizer is None or prepared.quantizer.pre_quantized,
     }
     stored_dtype = _stored_dtype(model._anybit_source["config"])
@@ -67,6 +64,14 @@ def bind(model: Any, prepared: Prepared) -> None:
     model.dequantize = functools.partial(_dequantize, model)
     if prepared.quantizer is not None:
         prepared.quantizer.dequantizer = _dequantize
+
+
+def _arrangement(checkpoint: Any) -> Arrangement | None:
+    """How the tensors lie in their files; None when those are files that are not written again (pickles)."""
+    files = {name: Path(info.file).name for name, info in checkpoint.tensors.items()}
+    if not all(name.endswith(".safetensors") for name in files.values()):
+        return None
+    return Arrangement(files, dict(checkpoint.metadata))
 
 
 def _dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:

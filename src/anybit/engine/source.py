@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,5 +72,15 @@ def read_quantizer(path: Path, quantization_config: Any = None) -> HfQuantizer |
         return None
     if stored is None:
         return AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    return _merged(stored, quantization_config)
+
+
+def recognize_quantizer(path: Path, tensors: Mapping[str, Any], quantization_config: Any = None) -> HfQuantizer | None:
+    """The quantizer of tensors that are packed although no file says so; None for dense ones."""
+    stored = AutoQuantizationConfig.find_among(tensors, path)
+    return None if stored is None else _merged(stored, quantization_config)
+
+
+def _merged(stored: Any, quantization_config: Any) -> HfQuantizer:
     merged = AutoHfQuantizer.merge_quantization_configs(stored, quantization_config)
     return AutoHfQuantizer.from_config(merged, pre_quantized=True)

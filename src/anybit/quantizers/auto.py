@@ -153,6 +153,15 @@ class AutoQuantizationConfig:
                 return _built(found_class, inside, model_config, folder)
         return None
 
+    @classmethod
+    def find_among(cls, tensors: Mapping[str, Any], where: Path) -> QuantizationConfigMixin | None:
+        """The configuration that stored tensors (TensorInfo by name) show by their own, None for dense ones."""
+        for found_class in registry.config_classes():
+            inside = found_class.found_among(tensors)
+            if inside is not None:
+                return _built(found_class, inside, {}, where)
+        return None
+
 
 def _built(
     cls: type[QuantizationConfigMixin], stored: dict[str, Any], model_config: Mapping[str, Any], where: Path

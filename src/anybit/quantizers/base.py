@@ -9,6 +9,8 @@ from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, did_you
 from anybit.quantizers.config import QuantizationConfigMixin, QuantizationMethod
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from anybit.quantizers.bundle import Bundle
@@ -210,6 +212,18 @@ class HfQuantizer:
             pattern = matching_pattern(slot.module, self.modules_to_not_convert)
             if pattern is not None:
                 self.skip_reasons[slot.module] = f"{pattern!r} is among the modules not to convert"
+
+    def weights_in(self, location: Path) -> Path:
+        """What to open of a checkpoint: the folder or file itself, or a file of it that this format keeps its weights in."""
+        return location
+
+    def spelled_out(self, checkpoint: Any) -> Any:
+        """The checkpoint as the engine is to see it: what some files keep beside their tensors, as tensors.
+
+        Once, before anything is planned. What is given back has the same `.tensors` (TensorInfo by name), `.read(name)`,
+        `.release()`, `.metadata` and `.path`.
+        """
+        return checkpoint
 
     def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
         """Once, before the names of the model's tensors are taken: hooks, and buffers for what is stored beside weights.

@@ -136,6 +136,11 @@ class QuantizationConfigMixin:
         return None
 
     @classmethod
+    def found_among(cls, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+        """This method's configuration for stored tensors (TensorInfo by name) that no file tells anything of, or None."""
+        return None
+
+    @classmethod
     def _owns(cls, config_dict: Mapping[str, Any]) -> bool:
         named = config_dict.get("quant_method")
         return named == cls.method if named is not None else cls.recognizes(config_dict)

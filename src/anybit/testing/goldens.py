@@ -80,7 +80,7 @@ def prepared(golden: Golden) -> Prepared:
     """The golden as `load` sees it before it reads data. Shared by tests: its model stays on the meta device."""
     from anybit.engine.load import prepare
 
-    return prepare(golden.checkpoint)
+    return prepare(golden.checkpoint, allow_pickle=True)
 
 
 @functools.lru_cache(maxsize=2)
