@@ -82,7 +82,7 @@ def test_every_method_dispatches_to_its_own_quantizer():
         assert AutoQuantizationConfig.from_dict(config).quant_method == method
 
 
-@pytest.mark.parametrize("config", [None, 4, "gptq", ["gptq"], object()], ids=str)
+@pytest.mark.parametrize("config", [None, 4, "gptq", ["gptq"], object()], ids=["None", "4", "text", "list", "object"])
 def test_no_configuration(config):
     with pytest.raises(ConfigError, match=r"pass a configuration such as GPTQConfig"):
         AutoHfQuantizer.from_config(config)
