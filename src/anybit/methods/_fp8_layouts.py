@@ -47,7 +47,10 @@ class Fp8Layout(ScaledFloatLayout):
         """f = 448 / max, multiplied by; 1 / f is stored. Powers of two are rounded up."""
         factor = TOP / torch.where(largest > 0, largest, TOP)
         if self.powers:
-            inverse = torch.exp2(torch.ceil(torch.log2(1.0 / factor)))  # as transformers: not of the bits, of log2
+            exponents = torch.ceil(
+                torch.log2(1.0 / factor)
+            )  # as transformers: of the rounded logarithm, not of the bits
+            inverse = minifloat.e8m0_numbers((exponents + 127).clamp(1, 254).to(torch.uint8))
             return minifloat.Scales(inverse, factor=1.0 / inverse)
         return minifloat.Scales(1.0 / factor, factor=factor)
 
