@@ -85,6 +85,14 @@ class SafePattern:
             return self._re.search(text) is not None
         return bool(self._ends(text, set(range(len(text) + 1))))
 
+    def first(self, text: str) -> int | None:
+        """Where `re.search` finds the pattern, or None."""
+        _check_length(text)
+        if self._re is not None:
+            found = self._re.search(text)
+            return None if found is None else found.start()
+        return next((start for start in range(len(text) + 1) if self._ends(text, {start})), None)
+
     def covers(self, text: str) -> bool:
         """Like `re.fullmatch`."""
         _check_length(text)
