@@ -17,7 +17,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/anybit/kernels/cpu/csrc")
-UNIX_FLAGS = ["-O3", "-std=c++17", "-fno-rtti", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+UNIX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fno-rtti",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-g0",
+]
 MSVC_FLAGS = ["/O2", "/std:c++17", "/fp:precise"]
 # Gcc warns about its own AVX-512 headers, and about a vector type that no interface of ours passes.
 QUIET = ["-Wno-uninitialized", "-Wno-psabi"]
@@ -25,7 +33,7 @@ QUIET = ["-Wno-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # variant -> its flags; each is one file, and left out if the compiler cannot build it
-VARIANTS = {"avx2": AVX2, "avx512": AVX512}
+VARIANTS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
 def _is_x86() -> bool:

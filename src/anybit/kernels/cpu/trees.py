@@ -79,7 +79,7 @@ class Grid:
 class Workspace:
     """The prepared tensors as they grow: the weight's own first, then what is derived from them.
 
-    On the meta device nothing is derived from numbers; then only the question "is this tree ours?" is answered.
+    On the meta device what is derived gets the size that it has for the numbers a format writes, so that plans can count it.
     """
 
     def __init__(self, weight: Weight):
@@ -134,7 +134,7 @@ def _grid_of(tree: Node, space: Workspace) -> Grid:
         case nodes.Grid():
             return _plain(tree, space)
         case nodes.Permute(child=nodes.Grid(group_index=None) as child, index=index):
-            order = space.add(index.to(torch.int32)) if not space.meta else Slot(0)
+            order = space.add(index.to(torch.int32))
             return replace(_plain(child, space), permutation=order)
         case nodes.Crop(child=nodes.Grid(group_index=None) | nodes.View() as child, rows=rows, columns=columns):
             return replace(_grid_of(child, space), rows=rows, columns=columns, inputs=columns)
@@ -209,7 +209,7 @@ def _codes(node: nodes.Grid, space: Workspace) -> tuple[int, int, Slot, Slot | N
         return bits, E5M2, slot, None
     if node.levels == "e4m3" and (space.meta or not _has_nan(packed)):
         return bits, E4M3, slot, None
-    return bits, TABLE, slot, space.add(levels.table(node.levels)) if not space.meta else Slot(0)
+    return bits, TABLE, slot, space.add(levels.table(node.levels).to("meta" if space.meta else "cpu"))
 
 
 def _has_nan(codes: Tensor) -> bool:
@@ -221,8 +221,6 @@ def _has_nan(codes: Tensor) -> bool:
 def _stored_table(table: Tensor, bits: int, stacked: bool, space: Workspace) -> Slot:
     if table.shape[-1] > 1 << bits:
         raise Refused(f"a table of {table.shape[-1]} entries for {bits}-bit codes")
-    if space.meta:
-        return Slot(0)
     full = torch.nn.functional.pad(table.to(torch.float32), (0, (1 << bits) - table.shape[-1]))
     return space.add(full, table.dim() == 2 and stacked)
 
@@ -254,7 +252,9 @@ def _numbers(
         raise Refused(f"a scale to divide by, stored as {node.tensor.dtype}")
     shape = tuple(node.shape)
     if space.meta:
-        return 1, Slot(0), shape, False, False
+        small = name == "zero" and isinstance(node, nodes.Codes) and node.bits <= 8 and not node.signed
+        derived = torch.empty(shape, dtype=torch.uint8 if small else torch.float32, device="meta")
+        return (_FLOAT_PARAMETERS[derived.dtype], space.add(derived, len(shape) == 3), shape, False, False)
     numbers = node.dense()
     if select is not None and numbers.shape[-1] > 1:
         numbers = select(numbers)
@@ -277,9 +277,15 @@ def _in_runs(node: nodes.Grid, grid: Grid, groups: int, space: Workspace) -> Cal
     """Move columns until every group is a run of a multiple of eight; returns what that does to parameters, if anything."""
     if not isinstance(node.codes, nodes.Codes):
         raise Refused("a group index over codes that are not packed")
-    if space.meta:
-        return None
     assert node.group_index is not None
+    if space.meta:  # even groups, as every tool writes them
+        assert isinstance(grid.codes, Slot)
+        columns = torch.empty(node.shape[-1], dtype=torch.int32, device="meta")
+        space.add(torch.empty_like(node.codes.packed))
+        space.tensors[grid.codes.position] = torch.empty(0, dtype=torch.uint8, device="meta")
+        grid.permutation = space.add(columns)
+        space.add(columns)
+        return None
     index = node.group_index.long()
     counts = torch.bincount(index, minlength=groups)
     size, last = int(counts.max()), int(index.max())

@@ -30,6 +30,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Slowest first. A variant the compiler could not build is not in the list.
@@ -40,6 +41,9 @@ const Level LEVELS[] = {
 #endif
 #ifdef ANYBIT_WITH_AVX512
     {"avx512", &anybit_variant_avx512, has_avx512},
+#endif
+#ifdef ANYBIT_WITH_AVX512BF16
+    {"avx512bf16", &anybit_variant_avx512bf16, has_avx512bf16},
 #endif
 };
 const int LEVEL_COUNT = sizeof LEVELS / sizeof LEVELS[0];

@@ -67,6 +67,17 @@ static inline float centre(const anybit_shape* s) {
   return s->levels == ANYBIT_UNSIGNED ? (float)(1 << (s->bits - 1)) : 0.0f;
 }
 
+#ifdef ANYBIT_DOTS
+// Terms of bfloat16 that a level is the sum of when a bfloat16 x is multiplied in pairs; 0: it is not done.
+static inline int dot_terms(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
+  if (p->x_kind != ANYBIT_BF16 || !in_chunks(s)) return 0;
+  if (s->levels != ANYBIT_TABLE) return 1;
+  for (int i = 0; i < 1 << s->bits; i++)
+    if (float_of_bf16(bf16_of_float(t->table[i])) != t->table[i]) return s->bits == 4 ? 2 : 0;
+  return 1;
+}
+#endif
+
 // --- parameters ---------------------------------------------------------------------------------------------------------
 
 struct Parameter {
@@ -159,6 +170,7 @@ struct Levels {
   const float* table;  // 5 .. 8 bits with a table
   bool is_signed;
   alignas(64) float numbers[16];  // what is in `lut`
+  uint16_t halves[2][32];         // the same as bfloat16, and what that leaves over
 };
 
 template <int SOURCE> static constexpr int bits_of_source() {
@@ -193,7 +205,7 @@ static inline int source_of(const anybit_shape* s) {
 }
 
 static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t) {
-  Levels found = {{}, t->table, s->levels == ANYBIT_SIGNED, {0}};
+  Levels found = {{}, t->table, s->levels == ANYBIT_SIGNED, {0}, {{0}}};
   float* numbers = found.numbers;
   if (s->bits <= 4) {
     int count = 1 << s->bits, half = count / 2;
@@ -205,6 +217,10 @@ static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t)
     }
   }
   found.lut = lut_load(numbers);
+  for (int i = 0; i < 32; i++) {
+    found.halves[0][i] = bf16_of_float(numbers[i % 16]);
+    found.halves[1][i] = bf16_of_float(numbers[i % 16] - float_of_bf16(found.halves[0][i]));
+  }
   return found;
 }
 
@@ -478,39 +494,85 @@ template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Pro
     UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
 }
 
-template <int BITS, int R, int B, int K>
-static ALWAYS_INLINE void chunk_step(const Lut& lut, const I* raw, const float* x, int64_t stride, F (*acc)[B]) {
-  F own[B];
-  UNROLLED for (int b = 0; b < B; b++) own[b] = f_load(x + b * stride + K * LANES);
-  UNROLLED for (int r = 0; r < R; r++) {
-    F level = lut_take(lut, i_right<BITS * K>(raw[r]));
-    UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, own[b], acc[r][b]);
-  }
-}
+// How the codes of a chunk meet x: in float32, eight steps of LANES products.
+template <int BITS> struct ByFloats {
+  static constexpr int64_t CHUNK_BYTES = CHUNK * sizeof(float);
+  typedef Lut Table;
+  static Table table(const Levels& levels) { return levels.lut; }
 
-template <int BITS, int R, int B>
-static ALWAYS_INLINE void chunk_steps(const Lut& lut, const I* raw, const float* x, int64_t stride, F (*acc)[B]) {
-  chunk_step<BITS, R, B, 0>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 1>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 2>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 3>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 4>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 5>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 6>(lut, raw, x, stride, acc);
-  chunk_step<BITS, R, B, 7>(lut, raw, x, stride, acc);
-}
+  template <int K, int R, int B>
+  static ALWAYS_INLINE void step(const Table& lut, const I* raw, const char* x, int64_t stride, F (*acc)[B]) {
+    F own[B];
+    UNROLLED for (int b = 0; b < B; b++) own[b] = f_load((const float*)(x + b * stride) + K * LANES);
+    UNROLLED for (int r = 0; r < R; r++) {
+      const F level = lut_take(lut, i_right<BITS * K>(raw[r]));
+      UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_fma(level, own[b], acc[r][b]);
+    }
+  }
+  template <int R, int B>
+  static ALWAYS_INLINE void steps(const Table& lut, I* raw, const char* x, int64_t stride, F (*acc)[B]) {
+    step<0, R, B>(lut, raw, x, stride, acc);
+    step<1, R, B>(lut, raw, x, stride, acc);
+    step<2, R, B>(lut, raw, x, stride, acc);
+    step<3, R, B>(lut, raw, x, stride, acc);
+    step<4, R, B>(lut, raw, x, stride, acc);
+    step<5, R, B>(lut, raw, x, stride, acc);
+    step<6, R, B>(lut, raw, x, stride, acc);
+    step<7, R, B>(lut, raw, x, stride, acc);
+  }
+};
+
+#ifdef ANYBIT_DOTS
+// The same for a bfloat16 x: four steps of 2 * LANES products, summed in pairs into float32. Levels that bfloat16 cannot hold
+// (NF4) come as a sum of two, which keeps 16 bits of them.
+//
+//   lane (32 bits)   high half: codes 4 .. 7   low half: codes 0 .. 3    x block k (k = 0..3): pairs (x[k], x[4 + k]), ...
+template <int BITS, int TERMS> struct ByDots {
+  static constexpr int64_t CHUNK_BYTES = CHUNK * 2;
+  struct Table { __m512i terms[TERMS]; };
+  static Table table(const Levels& levels) {
+    Table found;
+    for (int i = 0; i < TERMS; i++) found.terms[i] = _mm512_loadu_si512(levels.halves[i]);
+    return found;
+  }
+
+  template <int K, int R, int B>
+  static ALWAYS_INLINE void step(const Table& table, const I* raw, const char* x, int64_t stride, F (*acc)[B]) {
+    __m512i own[B];
+    UNROLLED for (int b = 0; b < B; b++) own[b] = _mm512_loadu_si512(x + b * stride + K * 4 * LANES);
+    UNROLLED for (int r = 0; r < R; r++) {
+      const __m512i index = _mm512_srli_epi16(raw[r], BITS * K);  // five bits are looked at: entries are repeated
+      UNROLLED for (int i = 0; i < TERMS; i++) {
+        const __m512i level = _mm512_permutexvar_epi16(index, table.terms[i]);
+        UNROLLED for (int b = 0; b < B; b++) acc[r][b] = _mm512_dpbf16_ps(acc[r][b], (__m512bh)level, (__m512bh)own[b]);
+      }
+    }
+  }
+  template <int R, int B>
+  static ALWAYS_INLINE void steps(const Table& table, I* raw, const char* x, int64_t stride, F (*acc)[B]) {
+    if constexpr (BITS < 4)
+      UNROLLED for (int r = 0; r < R; r++)
+        raw[r] = _mm512_ternarylogic_epi32(_mm512_set1_epi32((int)0xFFFF0000), _mm512_slli_epi32(raw[r], 16 - 4 * BITS),
+                                           raw[r], 0xCA);
+    step<0, R, B>(table, raw, x, stride, acc);
+    step<1, R, B>(table, raw, x, stride, acc);
+    step<2, R, B>(table, raw, x, stride, acc);
+    step<3, R, B>(table, raw, x, stride, acc);
+  }
+};
+#endif
 
 // R rows of the weight, B rows of x. WIDE: a group is a whole number of chunks; else each lane has parameters of its own.
-template <int BITS, bool WIDE, int R, int B> static void product_chunks(const Product& q, int64_t row, int64_t n) {
+template <class BY, int BITS, bool WIDE, int R, int B> static void product_chunks(const Product& q, int64_t row, int64_t n) {
   constexpr int64_t BYTES = LANES * BITS;
   const anybit_shape* s = q.s;
   const bool sums = needs_sums(s), has_offset = s->offset.kind != ANYBIT_ABSENT;
-  const Lut lut = q.levels.lut;
+  const typename BY::Table table = BY::table(q.levels);
   F total[R][B], acc[R][B];
   UNROLLED for (int r = 0; r < R; r++)
     UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_zero();
-  const int64_t stride = q.in->value_stride, sum_stride = q.in->sum_stride, row_bytes = s->row_bytes;
-  const float* x = q.in->values + n * stride;
+  const int64_t stride = q.in->value_stride * sizeof(float), sum_stride = q.in->sum_stride, row_bytes = s->row_bytes;
+  const char* x = (const char*)q.in->values + n * stride;
   const float* sum = q.in->sums + n * sum_stride;
   const uint8_t* codes = q.t->codes + row * row_bytes;
   const int64_t chunks = ceil_div(s->columns, CHUNK), groups = ceil_div(s->columns, s->group);
@@ -561,7 +623,7 @@ template <int BITS, bool WIDE, int R, int B> static void product_chunks(const Pr
             raw[r] = chunk_load<BITS>(spare);
           }
         }
-        chunk_steps<BITS, R, B>(lut, raw, x + chunk * CHUNK, stride, acc);
+        BY::template steps<R, B>(table, raw, x + chunk * BY::CHUNK_BYTES, stride, acc);
       }
       UNROLLED for (int r = 0; r < R; r++) {
         const F scale = WIDE ? f_set(runs.scale[r][g]) : f_permute(f_load(runs.scale[r] + g), index);
@@ -585,13 +647,13 @@ typedef void (*Tile)(const Product&, int64_t row, int64_t n);
 // Rows of the weight beside rows of x: as many as the registers hold.
 struct Tiles { Tile four_one, one_one, two_two, one_two, two_four, one_four; };
 
-template <int BITS, bool WIDE> static constexpr Tiles chunk_tiles() {
+template <class BY, int BITS, bool WIDE> static constexpr Tiles chunk_tiles() {
   if constexpr (!VECTORS)
-    return {nullptr, product_chunks<BITS, WIDE, 1, 1>, nullptr, product_chunks<BITS, WIDE, 1, 2>,
-            nullptr, product_chunks<BITS, WIDE, 1, 4>};
+    return {nullptr, product_chunks<BY, BITS, WIDE, 1, 1>, nullptr, product_chunks<BY, BITS, WIDE, 1, 2>,
+            nullptr, product_chunks<BY, BITS, WIDE, 1, 4>};
   else
-    return {product_chunks<BITS, WIDE, 4, 1>, product_chunks<BITS, WIDE, 1, 1>, product_chunks<BITS, WIDE, 2, 2>,
-            product_chunks<BITS, WIDE, 1, 2>, product_chunks<BITS, WIDE, 2, 4>, product_chunks<BITS, WIDE, 1, 4>};
+    return {product_chunks<BY, BITS, WIDE, 4, 1>, product_chunks<BY, BITS, WIDE, 1, 1>, product_chunks<BY, BITS, WIDE, 2, 2>,
+            product_chunks<BY, BITS, WIDE, 1, 2>, product_chunks<BY, BITS, WIDE, 2, 4>, product_chunks<BY, BITS, WIDE, 1, 4>};
 }
 template <int SOURCE, int UNIT> static constexpr Tiles sum_tiles() {
   if constexpr (!VECTORS)
@@ -612,20 +674,31 @@ static const Tiles* const SUMS[12] = {nullptr, nullptr, nullptr, nullptr, nullpt
                                       Units<5>::tiles, Units<6>::tiles, Units<7>::tiles,
                                       Units<8>::tiles, Units<9>::tiles, Units<10>::tiles, Units<11>::tiles};
 static const Tiles EXACT = {nullptr, product_exact<1>, nullptr, product_exact<2>, nullptr, product_exact<4>};
-static const Tiles CHUNKS[5][2] = {{{}, {}},
-                                   {chunk_tiles<1, false>(), chunk_tiles<1, true>()},
-                                   {chunk_tiles<2, false>(), chunk_tiles<2, true>()},
-                                   {chunk_tiles<3, false>(), chunk_tiles<3, true>()},
-                                   {chunk_tiles<4, false>(), chunk_tiles<4, true>()}};
+template <int BITS> struct Chunks {
+  static constexpr Tiles floats[2] = {chunk_tiles<ByFloats<BITS>, BITS, false>(), chunk_tiles<ByFloats<BITS>, BITS, true>()};
+#ifdef ANYBIT_DOTS
+  static constexpr Tiles dots[2] = {chunk_tiles<ByDots<BITS, 1>, BITS, false>(), chunk_tiles<ByDots<BITS, 1>, BITS, true>()};
+#endif
+};
+static const Tiles* const CHUNKS[5] = {nullptr, Chunks<1>::floats, Chunks<2>::floats, Chunks<3>::floats, Chunks<4>::floats};
+#ifdef ANYBIT_DOTS
+static const Tiles* const DOTS[5] = {nullptr, Chunks<1>::dots, Chunks<2>::dots, Chunks<3>::dots, Chunks<4>::dots};
+static const Tiles TWO_TERMS[2] = {chunk_tiles<ByDots<4, 2>, 4, false>(), chunk_tiles<ByDots<4, 2>, 4, true>()};
+#endif
 
-static const Tiles& tiles_of(const anybit_shape* s) {
+static const Tiles& tiles_of(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
+#ifdef ANYBIT_DOTS
+  if (int terms = dot_terms(s, t, p)) return terms == 1 ? DOTS[s->bits][wide_group(s, CHUNK)] : TWO_TERMS[wide_group(s, CHUNK)];
+#else
+  (void)t, (void)p;
+#endif
   if (in_chunks(s)) return CHUNKS[s->bits][wide_group(s, CHUNK)];
   return sums_first(s) ? SUMS[source_of(s)][unit_of(s)] : EXACT;
 }
 
 static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,
                      int64_t first_row, int64_t last_row) {
-  const Tiles& tiles = tiles_of(s);
+  const Tiles& tiles = tiles_of(s, t, p);
   const Product q = {s, t, p, in, read_levels(s, t)};
   for (int64_t row = first_row; row < last_row;) {
     int64_t n = 0, taken = 1;
@@ -681,10 +754,27 @@ static void read_row(const anybit_shape* s, const anybit_tensors* t, const anybi
   memset(values + s->columns, 0, (size_t)(padded_columns(s) - s->columns) * sizeof(float));
 }
 
+// Sums of x that zeros and offsets are multiplied with, lane by lane: per group, or per chunk of several groups.
+static void sum_input(const anybit_shape* s, int64_t blocks, const float* values, float* sums) {
+  const int64_t width = in_chunks(s) && !wide_group(s, CHUNK) ? CHUNK : s->group;
+  for (int64_t block = 0; block < blocks; block++) {
+    F sum = f_zero();
+    int64_t stop = least((block + 1) * width, s->columns);
+    if (in_chunks(s)) stop = ceil_div(stop, CHUNK) * CHUNK;  // the columns of the last chunk are spread over all of it
+    for (int64_t start = block * width; start < stop; start += LANES) sum = f_add(sum, f_load(values + start));
+    f_store(sums + block * LANES, sum);
+  }
+}
+
 static void take_input(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values,
                        float* sums) {
   read_row(s, t, p, n, values);
   const int64_t blocks = sum_blocks(s);
+#ifdef ANYBIT_DOTS
+  const bool dots = dot_terms(s, t, p) != 0;
+#else
+  const bool dots = false;
+#endif
   if (in_chunks(s)) {
     float natural[CHUNK];
     for (int64_t start = 0; start < padded_columns(s); start += CHUNK) {
@@ -693,15 +783,18 @@ static void take_input(const anybit_shape* s, const anybit_tensors* t, const any
         for (int lane = 0; lane < LANES; lane++) values[start + k * LANES + lane] = natural[8 * lane + k];
     }
   }
-  if (!blocks) return;
-  memset(sums, 0, (size_t)(blocks * LANES) * sizeof(float));
-  const int64_t width = in_chunks(s) && !wide_group(s, CHUNK) ? CHUNK : s->group;
-  for (int64_t block = 0; block < blocks; block++) {
-    F sum = f_zero();
-    int64_t stop = least((block + 1) * width, s->columns);
-    if (in_chunks(s)) stop = ceil_div(stop, CHUNK) * CHUNK;  // the columns of the last chunk are spread over all of it
-    for (int64_t start = block * width; start < stop; start += LANES) sum = f_add(sum, f_load(values + start));
-    f_store(sums + block * LANES, sum);
+  if (blocks) sum_input(s, blocks, values, sums);
+  if (dots) {  // in place: a chunk of halves ends before the floats it is read from
+    for (int64_t chunk = 0; chunk < padded_columns(s) / CHUNK; chunk++) {
+      float floats[CHUNK];
+      memcpy(floats, values + chunk * CHUNK, sizeof floats);
+      uint16_t* halves = (uint16_t*)values + chunk * CHUNK;
+      for (int k = 0; k < 4; k++)
+        for (int lane = 0; lane < LANES; lane++) {
+          halves[(k * LANES + lane) * 2] = (uint16_t)(bits_of_float(floats[k * LANES + lane]) >> 16);
+          halves[(k * LANES + lane) * 2 + 1] = (uint16_t)(bits_of_float(floats[(k + 4) * LANES + lane]) >> 16);
+        }
+    }
   }
 }
 

@@ -25,5 +25,6 @@ struct Variant {
 extern const Variant anybit_variant_scalar;
 extern const Variant anybit_variant_avx2;
 extern const Variant anybit_variant_avx512;
+extern const Variant anybit_variant_avx512bf16;
 
 #endif
