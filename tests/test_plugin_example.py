@@ -27,7 +27,7 @@ def test_the_plugin_passes_the_laws(environment: dict[str, str]) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    assert "skipped" not in done.stdout, done.stdout
 
 
 def test_it_is_imported_only_after_a_miss(environment: dict[str, str]) -> None:
