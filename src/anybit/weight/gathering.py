@@ -32,6 +32,8 @@ def gather_columns(node: Node, index: Tensor) -> Node:
                 scale=_parameter(node.scale, index, gather_columns, -1),
                 offset=_parameter(node.offset, index, gather_columns, -1),
             )
+        case nodes.Divided():
+            return replace(node, child=gather_columns(node.child, index))
         case nodes.Sum() | nodes.Rows():
             return replace(node, parts=tuple(gather_columns(part, index) for part in node.parts))
         case nodes.Transpose():
@@ -72,6 +74,8 @@ def gather_rows(node: Node, index: Tensor) -> Node:
         case nodes.Scaled():
             scale, offset = (_parameter(part, index, gather_rows, -2) for part in (node.scale, node.offset))
             return replace(node, child=gather_rows(node.child, index), scale=scale, offset=offset)
+        case nodes.Divided():
+            return replace(node, child=gather_rows(node.child, index))
         case nodes.Sum() | nodes.Columns():
             return replace(node, parts=tuple(gather_rows(part, index) for part in node.parts))
         case nodes.Permute():

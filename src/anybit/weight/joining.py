@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # nodes whose tensors may all get a leading experts axis; the others hold lists of entries that differ in length
 _STACKABLE = (
     nodes.Values, nodes.Codes, nodes.Grid, nodes.Codebook, nodes.Columns, nodes.Rows, nodes.Sum, nodes.Permute,
-    nodes.Transpose, nodes.Scaled, nodes.Rotate, nodes.View, nodes.Crop,
+    nodes.Transpose, nodes.Scaled, nodes.Divided, nodes.Rotate, nodes.View, nodes.Crop,
 )  # fmt: skip
 
 
@@ -223,6 +223,11 @@ def _scaled(parts: list[nodes.Scaled]) -> Node | None:
     return replace(parts[0], child=child, **parameters)
 
 
+def _divided(parts: list[nodes.Divided]) -> Node | None:
+    child = _join([part.child for part in parts]) if _agree(parts, "divisor") else None
+    return None if child is None else replace(parts[0], child=child)
+
+
 def _sum(parts: list[nodes.Sum]) -> Node | None:
     if not _agree(parts, "compute") or len({len(part.parts) for part in parts}) != 1:
         return None
@@ -263,6 +268,7 @@ _JOINERS: dict[type[Node], Callable[[list[Any]], Node | None]] = {
     nodes.Codes: _codes,
     nodes.Grid: _grid,
     nodes.Scaled: _scaled,
+    nodes.Divided: _divided,
     nodes.Sum: _sum,
     nodes.Columns: _side_by_side,
     nodes.Rotate: _rotate,

@@ -5,7 +5,7 @@
     Grid        ((levels[code] - zero) * scale + offset)      Scaled                 child * scale + offset per row/column
     Codebook    sum of K vector tables, signs, scale          Rotate                 Hadamard blocks on the input or output
     Sparse      CSR            Masked  bitmask / 2:4          View, Crop             other shape; padding cut off
-    Sum         parts added                                   Opaque                 anything else, by a registered decoder
+    Sum         parts added       Divided  child / constant   Opaque                 anything else, by a registered decoder
 
 A node evaluates any region of itself in float32 (`region`), so nothing ever needs the whole dense weight. A scale, zero or
 offset is itself a node: nested scales are recursion. In a stack, a leaf without the leading axis is shared by all experts.
@@ -539,6 +539,28 @@ class Scaled(Node):
         if self.offset is not None:
             numbers = numbers + _addend(self.offset, _parameter(self.offset, rows, columns, (1, 1), None), dtype)
         return numbers.to(torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Divided(Node):
+    """child / divisor. The divisor is a constant of the format, which no file stores."""
+
+    child: Node
+    divisor: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.child.shape
+
+    def _over(self, numbers: Tensor) -> Tensor:
+        # a tensor: by a plain number, a GPU would multiply with the reciprocal
+        return numbers / torch.full((), self.divisor, device=numbers.device)
+
+    def region(self, rows: slice, columns: slice) -> Tensor:
+        return self._over(self.child.region(rows, columns))
+
+    def take_rows(self, index: Tensor) -> Tensor:
+        return self._over(self.child.take_rows(index))
 
 
 @dataclass(frozen=True, eq=False)

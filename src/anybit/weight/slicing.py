@@ -142,6 +142,10 @@ def _scaled(node: nodes.Scaled, axis: int, start: int, stop: int) -> Node:
     return replace(node, child=slice_node(node.child, axis, start, stop), scale=scale, offset=offset)
 
 
+def _divided(node: nodes.Divided, axis: int, start: int, stop: int) -> Node:
+    return replace(node, child=slice_node(node.child, axis, start, stop))
+
+
 def _codebook(node: nodes.Codebook, axis: int, start: int, stop: int) -> Node:
     size = node.vector[axis]
     if start % size or stop % size:
@@ -306,6 +310,7 @@ _SLICERS: dict[type[Node], Callable[[Any, int, int, int], Node]] = {
     nodes.Permute: _permute,
     nodes.Transpose: _transpose,
     nodes.Scaled: _scaled,
+    nodes.Divided: _divided,
     nodes.Rotate: _rotate,
     nodes.View: _view,
     nodes.Crop: _crop,
