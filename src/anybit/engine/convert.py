@@ -93,6 +93,7 @@ def convert(
     target.begin(ready.model, list(ready.names.slots.values()))
     report = Conversion(ready.quantizer.method_name, target.method_name)
     jobs: list[Job] = []
+    made: dict[str, Layout] = {}
     for entry in ready.plan.entries:
         layouts = [_layout(target, entry, part, ready) for part in entry.parts]
         if entry.action == "dense" and not any(layouts):
@@ -101,17 +102,19 @@ def convert(
         if not all(layouts):  # a stack is packed whole or not at all
             layouts = [None] * len(layouts)
         for part, layout in zip(entry.parts, layouts, strict=True):
+            if layout is not None:
+                made[part.prefix] = layout
             jobs.append(_job(ready, entry, part, layout, report, allow_requantize, torch.device(device)))
     for infos in ready.plan.plain.values():
         jobs += [copy_job(ready.checkpoint, info, None) for info in infos]
     config = source_config(ready)
-    for key in ("compression_config", "quantization"):
+    for key in ("compression_config", "quantization", *type(ready.quantizer.quantization_config).claims):
         config.pop(key, None)
     config[KEY] = target.quantization_config.to_dict()
     dropped = type(ready.quantizer.quantization_config).side_files
     write_checkpoint(
         dst, jobs, config, max_shard_size=max_shard_size, copy_from=ready.side_files(dropped),
-        extra_files=ready.extra_files(), force=force, progress=progress,
+        extra_files={**ready.extra_files(), **target.made_files(made)}, force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return report

@@ -58,7 +58,8 @@ def dequantize(
         if key not in ready.quantizer.attached:
             jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype, folds.get(key)) for info in infos]
     config = without_quantization(source_config(ready))
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", *type(ready.quantizer.quantization_config).claims):
+        config.pop(key, None)
     config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
     dropped = type(ready.quantizer.quantization_config).side_files
     write_checkpoint(
@@ -168,7 +169,7 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
         detach(model, quantizer.attached)
     if dtype is not None:
         model.to(dtype)
-    for key in QUANTIZED[1:]:
+    for key in (*QUANTIZED[1:], *(type(quantizer.quantization_config).claims if quantizer is not None else ())):
         config.__dict__.pop(key, None)
     for attribute in ("save_pretrained", "dequantize", "anybit_plan", "_anybit_source"):
         model.__dict__.pop(attribute, None)

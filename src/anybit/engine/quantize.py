@@ -89,7 +89,7 @@ def quantize(
     metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
     write_checkpoint(
         dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=ready.side_files(),
-        extra_files=ready.extra_files(), force=force, progress=progress,
+        extra_files={**ready.extra_files(), **ready.quantizer.made_files(layouts)}, force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return ready.plan

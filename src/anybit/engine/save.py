@@ -24,6 +24,7 @@ from anybit.weight.layout import join_name
 if TYPE_CHECKING:
     from anybit.engine.load import Prepared
     from anybit.engine.plan import Plan
+    from anybit.weight import Layout
 
 # options of transformers' save_pretrained that need nothing from us
 _HARMLESS = ("safe_serialization", "is_main_process", "save_original_format", "token")
@@ -121,6 +122,9 @@ def save(
         and all(file.name != "generation_config.json" for file in beside)
     ):
         extra["generation_config.json"] = generation.to_json_string(use_diff=True).encode()
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.pre_quantized:
+        extra.update(quantizer.made_files(_layouts(model)))
     return write_checkpoint(
         target, jobs, _config(model), like=source["arrangement"], metadata=_metadata(model, jobs),
         max_shard_size=max_shard_size, copy_from=beside, extra_files=extra,
@@ -167,14 +171,18 @@ def _metadata(model: Any, jobs: list[Job]) -> dict[str, str] | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return None
-    layouts = {
+    found: dict[str, str] = quantizer.file_metadata(_layouts(model), [name for job in jobs for name in job.specs])
+    return found
+
+
+def _layouts(model: Any) -> dict[str, Layout]:
+    """Of packed weights, by their names in the checkpoint."""
+    return {
         part.prefix or name: part.layout
         for name, module in model.named_modules()
         if isinstance(module, PackedWeight)
         for part in module.parts
     }
-    found: dict[str, str] = quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
-    return found
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------------

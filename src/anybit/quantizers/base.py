@@ -193,6 +193,10 @@ class HfQuantizer:
         `names`: of all its tensors."""
         return {"format": "pt"}
 
+    def made_files(self, layouts: Mapping[str, Layout]) -> Mapping[str, bytes]:
+        """Further files of a checkpoint made with this quantizer, by name. `layouts`: of its packed weights by their names."""
+        return {}
+
     def skipped_modules(self) -> Sequence[str] | None:
         """Patterns of modules the configuration leaves dense; None for the default ones."""
         skipped: Sequence[str] | None = getattr(self.quantization_config, "modules_to_not_convert", None)

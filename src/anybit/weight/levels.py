@@ -2,6 +2,7 @@
 
 name          bits  source
 nf4              4  QLoRA, arXiv 2305.14314 (bitsandbytes' float32 constants)
+nf3              3  the same idea with eight levels (sinq's constants)
 fp4_bnb          4  bitsandbytes: sign . [0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4], index = bit pattern; not OCP E2M1
 e2m1             4  OCP MX: s ee m       0 .5 1 1.5 2 3 4 6 and negatives; code 8 is -0
 e2m3, e3m2       6  OCP MX: s ee mmm / s eee mm
@@ -30,6 +31,9 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+NF3 = (
+    -1.0, -0.5350227355957031, -0.2469314038753510, 0.0, 0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0,
+)  # fmt: skip
 _FP4_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -54,6 +58,7 @@ _TORCH_FLOAT8 = {
 
 BITS = {
     "nf4": 4,
+    "nf3": 3,
     "fp4_bnb": 4,
     "e2m1": 4,
     "iq4_nl": 4,
@@ -90,6 +95,8 @@ def table(name: str, device: str = "cpu") -> Tensor:
     """The table called `name`, float32 [2**bits], on `device`. Shared: never write into it. KeyError if unknown."""
     if name == "nf4":
         values = torch.tensor(NF4, dtype=torch.float32)
+    elif name == "nf3":
+        values = torch.tensor(NF3, dtype=torch.float32)
     elif name == "fp4_bnb":
         half = torch.tensor(_FP4_BNB, dtype=torch.float32)
         values = torch.cat([half, -half]) / 12  # float32 division, as the peer does it
