@@ -7,14 +7,25 @@ W[o*out_group + a, i*in_group + b] = scales[o] * sum over k of codebooks[k, code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
+from anybit.errors import NotRepresentable, ShapeMismatch
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_names, check_positive, parameter_owners
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _aqlm_layout as layouts
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    layouts = LazyModule("anybit.methods._aqlm_layout")
+
+NUMBERS = ("float16", "bfloat16", "float32")
+WIDEST = 24  # bits of a code; a larger table would be larger than any weight
 
 
 @register_quantization_config("aqlm")
@@ -39,9 +50,39 @@ class AqlmConfig(QuantizationConfigMixin):
 
 @register_quantizer("aqlm")
 class AqlmHfQuantizer(HfQuantizer):
-    """AQLM's layout."""
+    """AQLM's layout. What is quantized is told by the stored tensors: `codes` or `weight`."""
 
     requires_calibration = True
+    layouts_available = True
 
     def skipped_modules(self) -> Sequence[str] | None:
         return parameter_owners(self.quantization_config.linear_weights_not_to_quantize)
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        if not {"codes", "codebooks"} & set(stored):
+            return None
+        if module.kind != "linear":
+            raise NotRepresentable(f"{module.name} is a packed {module.kind}; AQLM's layout is one of linear layers")
+        config = self.quantization_config
+        if config.nbits_per_codebook > WIDEST:
+            raise NotRepresentable(
+                f"{module.name}: codes of {config.nbits_per_codebook} bits name more vectors than any weight has; at most "
+                f"{WIDEST} bits are read. Check nbits_per_codebook in config.json"
+            )
+        rows, columns = module.shape
+        if rows % config.out_group_size or columns % config.in_group_size:
+            raise ShapeMismatch(
+                f"{module.name} has shape {module.shape}, no whole number of tiles of {config.out_group_size} x "
+                f"{config.in_group_size} (out_group_size, in_group_size); config.json and tensors contradict each other"
+            )
+        numbers, scales = stored.get("codebooks"), stored.get("scales")
+        return layouts.AqlmLayout(
+            module.shape,
+            module.dtype,
+            config.num_codebooks,
+            config.nbits_per_codebook,
+            config.out_group_size,
+            config.in_group_size,
+            numbers.dtype if numbers is not None and numbers.dtype in NUMBERS else "float16",
+            scales is not None and tuple(scales.shape[1:2]) == (columns // config.in_group_size,) != (1,),
+        )
