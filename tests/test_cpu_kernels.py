@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybit.kernels import available, choose, get
-from anybit.kernels.cpu import PREFILL, native
+from anybit.kernels.cpu import native
 from anybit.testing.kernel_laws import TOLERANCE
 from anybit.weight import Activation, Weight, levels, nodes
 from anybit.weight.activation import RULES, activation_rule
@@ -27,7 +27,7 @@ BUILT = native.why_not() is None
 needs_library = pytest.mark.skipif(not BUILT, reason=f"needs the native library: {native.why_not()}")
 LEVELS = native.levels() if BUILT else ["none"]
 CPU = torch.device("cpu")
-BATCHES = (1, 2, 3, 7, PREFILL + 3)
+BATCHES = (1, 2, 3, 7, native.MANY + 5)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # codes that name no number, or a number that overflows any sum
 BELOW = {"ternary": 3, "e4m3": 0x7F, "e5m2": 0x70, "e4m3fnuz": 0x80, "e5m2fnuz": 0x70, "e8m0": 140}
@@ -160,7 +160,7 @@ def test_random_grids_agree_with_the_reference(level: str, family: Any) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(family)
     def run(tree: Any) -> None:
-        check(tree, (1, 3, 6))
+        check(tree, (1, 3, 6, native.MANY + 1))
 
     run()
 
@@ -248,7 +248,7 @@ def test_large_inputs_keep_a_zero_point_harmless(level: str) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("batch", [1, 7, PREFILL])
+@pytest.mark.parametrize("batch", [1, 7, native.MANY])
 def test_inputs_with_gaps(level: str, batch: int) -> None:
     kernel, weight = get("cpu"), Weight(plain(9, 200))
     spec, tensors = kernel.prepare(weight)
@@ -344,6 +344,16 @@ def test_without_the_library_everything_works(monkeypatch: pytest.MonkeyPatch, t
         assert why is not None
         assert "not built" in why
         assert choose(Weight(plain(4, 64)), CPU).kernel.name == "reference"
+    finally:
+        native._load.cache_clear()
+
+
+@needs_library
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+    native._load.cache_clear()
+    try:
+        assert "other sources" in (native.why_not() or "")
     finally:
         native._load.cache_clear()
 

@@ -1,7 +1,8 @@
 """Native CPU kernels: grids of 1- to 8-bit codes, multiplied from their packed bytes (csrc/, called through ctypes).
 
-Accuracy: weights and sums in float32 whatever the input's dtype. From PREFILL rows on, blocks of weight rows are decoded into
-a small tile and multiplied by torch: a bfloat16 tile for a bfloat16 input, else float32. The dense weight never exists.
+Accuracy: sums in float32 whatever the input's dtype, and weights too, with two exceptions for a bfloat16 input on CPUs that
+multiply bfloat16: tables that it cannot hold (NF4) keep 16 bits, and from native.MANY rows of input on weights are rounded to
+bfloat16, as they would be in a dense layer of that dtype. The dense weight never exists.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from anybit.kernels.base import Kernel
 from anybit.kernels.cpu import native
-from anybit.kernels.cpu.trees import Refused, Workspace, program_of, restored
+from anybit.kernels.cpu.trees import TABLE, Refused, Workspace, program_of, restored
 from anybit.weight import Weight
 from anybit.weight.activation import RULES
 
-PREFILL = 32  # rows of x from which decoding a tile costs less than decoding in every product
-_TILE = 1 << 20  # weights of a tile
+_TILE = 1 << 20  # weights of a tile that a gradient is multiplied with
 
 
 class CpuGrid(Kernel):
@@ -175,6 +175,8 @@ class Leaf(Program):
         self.slots = [None if slot is None else (slot["position"], slot["stride"]) for slot in slots]
         self.order = grid["permutation"] and grid["permutation"]["position"]
         self.columns = grid["inputs"]
+        one_by_one = grid["compute"] != 0 or (grid["levels"] == TABLE and grid["bits"] > 4)
+        self.many = native.MANY_ROUNDED if one_by_one else native.MANY
 
     def pointers(self, tensors: list[Tensor], expert: int) -> native.Tensors:
         return native.Tensors(
@@ -184,22 +186,7 @@ class Leaf(Program):
     def into(
         self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
     ) -> None:
-        pointers = self.pointers(tensors, expert)
-        if x.shape[0] < PREFILL:
-            native.linear(self.shape, pointers, x, bias, y, add)
-            return
-        x = self.ordered(x, tensors)
-        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and y.dtype == torch.bfloat16 else torch.float32
-        x = x.to(dtype)
-        for first, tile in self.tiles(pointers, dtype):
-            part = torch.mm(x, tile.T)
-            if bias is not None:
-                part = part + bias[first : first + len(tile)].to(torch.float32)
-            own = y[:, first : first + len(tile)]
-            if add:
-                own += part
-            else:
-                own.copy_(part)
+        native.linear(self.shape, self.pointers(tensors, expert), x, bias, y, add, self.many)
 
     def tiles(self, pointers: native.Tensors, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first row, tile) over the whole weight, in the order of the codes; one buffer for all."""
@@ -207,13 +194,6 @@ class Leaf(Program):
         buffer = torch.empty(min(step, self.rows), self.codes_columns, dtype=dtype)
         for first in range(0, self.rows, step):
             yield first, native.decode(self.shape, pointers, buffer[: min(step, self.rows - first)], first)
-
-    def ordered(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
-        """Columns of x in the order of the codes; columns that only fill a group up are zero."""
-        if self.order is None:
-            return x
-        order = tensors[self.order].long()
-        return torch.nn.functional.pad(x, (0, 1)).index_select(1, torch.where(order < 0, x.shape[1], order))
 
     def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
         own = total if self.order is None else torch.zeros(total.shape[0], self.codes_columns)

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
+
 #include "threads.h"
 #include "variant.h"
 
@@ -78,7 +80,8 @@ struct Scratch {
   }
   ~Scratch() { release(); }
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch;       // of the thread that calls: inputs
+thread_local Scratch block_scratch;  // of every thread that multiplies blocks
 
 struct Call {
   const anybit_shape* shape;
@@ -86,6 +89,8 @@ struct Call {
   const anybit_product* product;
   const Variant* variant;
   Input input;
+  int64_t scratch;            // floats, of blocks
+  std::atomic<int64_t> lost;  // threads that found no memory
 };
 
 void take_inputs(void* data, int64_t first, int64_t last) {
@@ -99,6 +104,24 @@ void take_inputs(void* data, int64_t first, int64_t last) {
 void multiply_rows(void* data, int64_t first, int64_t last) {
   const Call* call = static_cast<const Call*>(data);
   call->variant->multiply(call->shape, call->tensors, call->product, &call->input, first, last);
+}
+
+void take_block_inputs(void* data, int64_t first, int64_t last) {
+  const Call* call = static_cast<const Call*>(data);
+  for (int64_t n = first; n < last; n++)
+    call->variant->take_block_input(call->shape, call->tensors, call->product, n,
+                                    const_cast<float*>(call->input.values) + n * call->input.value_stride);
+}
+
+void multiply_blocks(void* data, int64_t first, int64_t last) {
+  Call* call = static_cast<Call*>(data);
+  float* space = block_scratch.need(static_cast<size_t>(call->scratch));
+  if (!space) {
+    call->lost++;
+    return;
+  }
+  for (int64_t block = first; block < last; block++)
+    call->variant->multiply_many(call->shape, call->tensors, call->product, &call->input, block * call->variant->tall, space);
 }
 
 struct Decoding {
@@ -121,6 +144,9 @@ const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not wor
 
 }  // namespace
 
+// Changes whenever grid.h or a signature below does; native.py refuses a library of another number.
+EXPORT int64_t anybit_abi(void) { return 2; }
+
 // Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
 EXPORT int64_t anybit_levels(const char** names, int64_t room) {
   int64_t found = 0;
@@ -139,16 +165,31 @@ EXPORT int64_t anybit_use_level(const char* name) {
   return 0;
 }
 
-// y = x @ W.T. Returns 0, or 1 when there is no memory for the scratch.
+// y = x @ W.T. Returns 0, or 1 when there is no memory for the scratch. From `many` rows of x on the weight is decoded once.
 EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
-                             int64_t threads) {
-  Call call = {shape, tensors, product, current, {}};
+                             int64_t many, int64_t threads) {
+  Call call = {shape, tensors, product, current, {}, 0, {0}};
+  const int64_t inputs = product->n * shape->columns;
+  if (product->n >= many) {
+    int64_t words = 0;
+    call.variant->block_sizes(shape, tensors, product, &words, &call.scratch);
+    if (words) {
+      float* space = scratch.need(static_cast<size_t>(words * product->n));
+      if (!space) return 1;
+      call.input = {space, nullptr, words, 0};
+      anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_block_inputs, &call);
+    } else {  // strides count words of 32 bits
+      call.input = {static_cast<const float*>(product->x), nullptr, product->x_row / (product->x_kind == ANYBIT_F32 ? 1 : 2), 0};
+    }
+    const int64_t blocks = (shape->rows + call.variant->tall - 1) / call.variant->tall;
+    anybit_parallel(blocks, 1, inputs * shape->rows < SMALL ? 1 : threads, multiply_blocks, &call);
+    return call.lost != 0;
+  }
   int64_t values = 0, sums = 0;
   call.variant->sizes(shape, &values, &sums);
   float* space = scratch.need(static_cast<size_t>((values + sums) * product->n));
   if (!space) return 1;
   call.input = {space, space + values * product->n, values, sums};
-  const int64_t inputs = product->n * shape->columns;
   anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_inputs, &call);
   anybit_parallel(shape->rows, 4, inputs * shape->rows < SMALL ? 1 : threads, multiply_rows, &call);
   return 0;

@@ -8,5 +8,9 @@
 #include "vec_avx512.h"
 //
 #include "grid_kernels.h"
+//
+#include "grid_blocks.h"
 
-extern const Variant anybit_variant_avx512 = {"avx512", sizes, take_input, multiply, decode};
+extern const Variant anybit_variant_avx512 = {"avx512",       sizes,            take_input,    multiply,
+                                           decode,           block_sizes,      take_block_input, multiply_many,
+                                           TALL};

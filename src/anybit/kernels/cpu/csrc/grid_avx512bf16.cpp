@@ -9,5 +9,9 @@
 #include "vec_avx512.h"
 //
 #include "grid_kernels.h"
+//
+#include "grid_blocks.h"
 
-extern const Variant anybit_variant_avx512bf16 = {"avx512bf16", sizes, take_input, multiply, decode};
+extern const Variant anybit_variant_avx512bf16 = {"avx512bf16",       sizes,            take_input,    multiply,
+                                           decode,           block_sizes,      take_block_input, multiply_many,
+                                           TALL};

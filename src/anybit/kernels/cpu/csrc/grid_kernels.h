@@ -24,13 +24,16 @@
 // Small loops over registers: an array that is indexed by a variable would live in memory.
 #if defined(__clang__)
 #define UNROLLED _Pragma("unroll")
+#define UNROLLED16 _Pragma("unroll")
 #else
 #define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED16 _Pragma("GCC unroll 16")
 #endif
 #else
 #define ALWAYS_INLINE inline
 #define NOINLINE
 #define UNROLLED
+#define UNROLLED16
 #endif
 
 // Unnamed: the same names in another variant are other code, and the linker must never take one for the other.

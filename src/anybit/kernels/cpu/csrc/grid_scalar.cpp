@@ -8,5 +8,9 @@
 #include "vec_scalar.h"
 //
 #include "grid_kernels.h"
+//
+#include "grid_blocks.h"
 
-extern const Variant anybit_variant_scalar = {"scalar", sizes, take_input, multiply, decode};
+extern const Variant anybit_variant_scalar = {"scalar",       sizes,            take_input,    multiply,
+                                           decode,           block_sizes,      take_block_input, multiply_many,
+                                           TALL};

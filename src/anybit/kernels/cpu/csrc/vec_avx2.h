@@ -107,6 +107,26 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   return _mm256_srlv_epi32(lanes, _mm256_load_si256((const __m256i*)tables.shift));
 }
 
+// LANES x LANES words: out[i * out_stride + j] = in[j * in_stride + i]
+static inline void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  __m256 r[8], t[8];
+  for (int j = 0; j < 8; j++) r[j] = _mm256_loadu_ps((const float*)(in + j * in_stride));
+  for (int j = 0; j < 8; j += 2) {
+    t[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
+    t[j + 1] = _mm256_unpackhi_ps(r[j], r[j + 1]);
+  }
+  for (int j = 0; j < 8; j += 4) {
+    r[j] = _mm256_shuffle_ps(t[j], t[j + 2], 0x44);
+    r[j + 1] = _mm256_shuffle_ps(t[j], t[j + 2], 0xEE);
+    r[j + 2] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0x44);
+    r[j + 3] = _mm256_shuffle_ps(t[j + 1], t[j + 3], 0xEE);
+  }
+  for (int j = 0; j < 4; j++) {
+    _mm256_storeu_ps((float*)(out + j * out_stride), _mm256_permute2f128_ps(r[j], r[j + 4], 0x20));
+    _mm256_storeu_ps((float*)(out + (j + 4) * out_stride), _mm256_permute2f128_ps(r[j], r[j + 4], 0x31));
+  }
+}
+
 }  // namespace
 
 #endif

@@ -97,6 +97,30 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   return _mm512_srlv_epi32(lanes, _mm512_load_si512(tables.shift));
 }
 
+// LANES x LANES words: out[i * out_stride + j] = in[j * in_stride + i]
+static inline void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  __m512i r[16], t[16];
+  for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(in + j * in_stride);
+  for (int j = 0; j < 16; j += 2) {
+    t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
+    t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
+  }
+  for (int j = 0; j < 16; j += 4) {  // r[j + i]: words i of every 128 bits of rows j .. j + 3
+    r[j] = _mm512_unpacklo_epi64(t[j], t[j + 2]);
+    r[j + 1] = _mm512_unpackhi_epi64(t[j], t[j + 2]);
+    r[j + 2] = _mm512_unpacklo_epi64(t[j + 1], t[j + 3]);
+    r[j + 3] = _mm512_unpackhi_epi64(t[j + 1], t[j + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // then the 128 bits themselves are a 4 x 4 matrix
+    __m512i low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), high = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_storeu_si512(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(low, high, 0xDD));
+    low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD), high = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    _mm512_storeu_si512(out + (i + 4) * out_stride, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_storeu_si512(out + (i + 12) * out_stride, _mm512_shuffle_i32x4(low, high, 0xDD));
+  }
+}
+
 }  // namespace
 
 #endif

@@ -76,6 +76,11 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   }
   return r;
 }
+
+// LANES x LANES words: out[i * out_stride + j] = in[j * in_stride + i]
+static inline void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+  EACH for (int j = 0; j < LANES; j++) out[i * out_stride + j] = in[j * in_stride + i];
+}
 #undef EACH
 
 }  // namespace
