@@ -1,0 +1,167 @@
+"""quanto's optimizers: the largest magnitude of a row for 8 bits; for fewer the extremes of a group, or a half-quadratic shift.
+
+    8 bits    scale = max|w| / top                    code = round(w / scale), unrounded for small floats
+    fewer     scale = (max - min) / top, shift = -min code = round((w + shift) / scale)
+    "hqq"     shift = mean(code * scale - (w - E)), E = shrink(w - R), while the mean error of the whole weight falls
+
+All arithmetic happens in the dtype of the dense weight, so codes are quanto's. A group whose weights are all equal gets the
+scale 0, as there, and codes of 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anybit.errors import NotRepresentable
+from anybit.weight import Codes, Grid, Values, Weight, packing
+from anybit.weight.weight import row_chunks
+
+NORM, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20
+FLOATS = {
+    "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e4m3fnuz": torch.float8_e4m3fnuz,
+    "e5m2fnuz": torch.float8_e5m2fnuz,
+}  # fmt: skip
+
+
+def quantize(dense: Tensor, target: Weight, *, optimizer: str = "max") -> Weight:
+    """Rows of 8-bit codes with a scale, or groups of fewer bits with a scale and a shift below zero.
+
+    `optimizer`: "max" or "hqq", for fewer than 8 bits.
+    """
+    grid = _checked(dense, target, optimizer)
+    for start, stop in row_chunks(*dense.shape):
+        if not bool(torch.isfinite(dense[start:stop]).all()):
+            raise NotRepresentable(f"the weight is not finite near row {start}, which no code stands for; repair it")
+    filled = _rows(dense, grid) if grid.offset is None else _groups(dense, grid, optimizer)
+    return Weight(filled, target.dtype, target.activation)
+
+
+# --- 8 bits --------------------------------------------------------------------------------------------------------------
+
+
+def _rows(dense: Tensor, grid: Grid) -> Grid:
+    assert isinstance(grid.codes, Codes)
+    assert isinstance(grid.scale, Values)
+    kind = FLOATS[str(grid.levels)] if grid.levels is not None else torch.int8
+    low, high, top = (
+        (-128, 127, 127)
+        if kind == torch.int8
+        else (torch.finfo(kind).min, torch.finfo(kind).max, torch.finfo(kind).max)
+    )
+    packed = torch.empty(dense.shape, dtype=torch.uint8, device=dense.device)
+    scales = torch.empty(dense.shape[0], 1, dtype=dense.dtype, device=dense.device)
+    for start, stop in row_chunks(*dense.shape):
+        part = dense[start:stop]
+        scales[start:stop] = part.abs().amax(1, keepdim=True) / top
+        numbers = _divided(part, scales[start:stop])
+        numbers = torch.round(numbers) if kind == torch.int8 else numbers
+        packed[start:stop] = numbers.clamp(low, high).to(kind).view(torch.uint8)
+    return replace(grid, codes=replace(grid.codes, packed=packed), scale=_stored(grid.scale, scales))
+
+
+# --- groups --------------------------------------------------------------------------------------------------------------
+
+
+def _groups(dense: Tensor, grid: Grid, optimizer: str) -> Grid:
+    codes, scale, offset = grid.codes, grid.scale, grid.offset
+    assert isinstance(codes, Codes)
+    assert isinstance(scale, Values)
+    assert isinstance(offset, Values)
+    groups = dense.reshape(scale.tensor.numel(), -1)
+    top = (1 << codes.bits) - 1
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scales, shifts = (high - low) / top, -low
+    chunks = row_chunks(*groups.shape)
+    if optimizer == "hqq":
+        shifts = _refined(groups, scales, shifts, top, chunks)
+    packed = torch.empty(
+        codes.shape[0], packing.row_bytes(codes.columns, codes.bits), dtype=torch.uint8, device=dense.device
+    )
+    per_row = len(groups) // codes.shape[0]
+    for start, stop in row_chunks(codes.shape[0], codes.columns):
+        own = slice(start * per_row, stop * per_row)
+        chosen = _codes(groups[own], scales[own], shifts[own], top).to(torch.uint8)
+        packed[start:stop] = packing.pack(chosen.view(stop - start, codes.columns), codes.bits)
+    return replace(
+        grid, codes=replace(codes, packed=packed), scale=_stored(scale, scales), offset=_stored(offset, shifts)
+    )
+
+
+def _codes(groups: Tensor, scales: Tensor, shifts: Tensor, top: int) -> Tensor:
+    return torch.round(_divided(groups + shifts, scales)).clamp(0, top)
+
+
+def _divided(numbers: Tensor, scales: Tensor) -> Tensor:
+    """numbers / scales; 0 / 0 is 0, and anything else over 0 ends at the first or last code."""
+    found = numbers / scales
+    return torch.where(torch.isnan(found), 0, found)
+
+
+def _refined(groups: Tensor, scales: Tensor, shifts: Tensor, top: int, chunks: list[tuple[int, int]]) -> Tensor:
+    """The shifts after the last step that lowered the mean error."""
+    beta, best = BETA, _mean_error(groups, scales, shifts, top, chunks)
+    for _ in range(STEPS):
+        found = torch.cat([
+            _next_shift(groups[own], scales[own], shifts[own], top, beta)
+            for own in (slice(*chunk) for chunk in chunks)
+        ])  # fmt: skip
+        error = _mean_error(groups, scales, found, top, chunks)
+        if not error < best:
+            return shifts
+        shifts, best, beta = found, error, beta * KAPPA
+    return shifts
+
+
+def _next_shift(groups: Tensor, scales: Tensor, shifts: Tensor, top: int, beta: float) -> Tensor:
+    codes = _codes(groups, scales, shifts, top)
+    rest = groups - (scales * codes - shifts)
+    size = rest.abs()
+    shrunk = torch.sign(rest) * torch.relu(size - (1.0 / beta) * size.pow(NORM - 1))
+    return torch.mean(codes * scales - (groups - shrunk), dim=-1, keepdim=True)
+
+
+def _mean_error(groups: Tensor, scales: Tensor, shifts: Tensor, top: int, chunks: list[tuple[int, int]]) -> float:
+    """Mean |w - R|: in the dtype's own arithmetic, as quanto takes it, unless the weight is too large for one piece."""
+    total = 0.0
+    for own in (slice(*chunk) for chunk in chunks):
+        codes = _codes(groups[own], scales[own], shifts[own], top)
+        size = (groups[own] - (scales[own] * codes - shifts[own])).abs()
+        total += size.mean().item() if len(chunks) == 1 else size.sum(dtype=torch.float64).item()
+    return total if len(chunks) == 1 else total / groups.numel()
+
+
+# --- shared --------------------------------------------------------------------------------------------------------------
+
+
+def _stored(node: Values, numbers: Tensor) -> Values:
+    stored = numbers.to(node.tensor.dtype).reshape(node.tensor.shape)
+    if not bool(torch.isfinite(stored).all()):
+        raise NotRepresentable(f"a scale or shift is too large for {stored.dtype}; scale the weight down")
+    return replace(node, tensor=stored)
+
+
+def _checked(dense: Tensor, target: Weight, optimizer: str) -> Grid:
+    """The target's grid, if it is one this algorithm can fill."""
+    if optimizer not in ("max", "hqq"):
+        raise NotRepresentable(f"quanto has no optimizer {optimizer!r}; choose 'max' or 'hqq'")
+    if tuple(dense.shape) != tuple(target.shape) or dense.dim() != 2:
+        raise NotRepresentable(
+            f"a dense weight {tuple(dense.shape)} does not fill a target of shape {tuple(target.shape)}"
+        )
+    match target.tree:
+        case Grid(codes=Codes(bits=8), scale=Values(tensor=scales), zero=None, offset=None) as grid if scales.shape == (
+            len(dense),
+            1,
+        ):
+            return grid
+        case (
+            Grid(codes=Codes(signed=False), scale=Values(), zero=None, offset=Values(negated=True), levels=None) as grid
+        ):
+            return grid
+    raise NotRepresentable(
+        "quanto's optimizers fill rows of 8-bit codes with a scale, or groups of fewer bits with a scale and a shift, not this "
+        f"{type(target.tree).__name__}; choose another algorithm"
+    )
