@@ -87,6 +87,8 @@ def test_layers(name, activations, dtype, shape, optimizer):
     elif activations is None:
         limit = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
         assert (ours.float() - y.float()).abs().max() <= limit * y.float().abs().max()
-    else:  # rounded outputs: neighbours, where two orders of summation fall on two sides of the middle
-        near = (ours.float() - y.float()).abs() <= 1e-6
-        assert near.float().mean() > 0.9
+    else:  # rounded outputs: where two orders of summation fall on two sides of the middle, one is the other's neighbour
+        difference = (ours.float() - y.float()).abs()
+        step = 0.02 if activations == "qint8" else y.float().abs().clamp(min=0.02 * 2**-6) / 7
+        assert (difference <= 1e-6).float().mean() > 0.7
+        assert (difference <= 1.02 * step).all()

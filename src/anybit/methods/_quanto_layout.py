@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
-from anybit.errors import CorruptFile, NoKernel, NotRepresentable
+from anybit.errors import CorruptFile, NotRepresentable
 from anybit.methods._words import packed_codes, require_finite, unpacked_codes
 from anybit.quantizers.attachments import Attachment
-from anybit.weight import packing
+from anybit.weight import levels, packing
 from anybit.weight.activation import Activation, Product, activation_rule
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codes, Grid, Node, Rows, Values
@@ -287,8 +287,8 @@ def quanto_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Produ
     assert activation is not None
     scale, kind = activation["input_scale"], activation.dtype
     codes = rounded(x, scale, kind)
-    if kind == "int8" and _is_int8(weight.tree):
-        y = torch.cat([_integer_product(codes, part, scale) for part in _row_parts(weight.tree)], dim=1).to(x.dtype)
+    if _has_bytes(weight.tree):
+        y = torch.cat([_byte_product(codes, part, scale, kind) for part in _row_parts(weight.tree)], dim=1).to(x.dtype)
     else:
         y = product((codes * scale.to(x.dtype)).to(torch.float32)).to(x.dtype)
     y = y if bias is None else y + bias.to(x.dtype)
@@ -296,34 +296,36 @@ def quanto_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Produ
     return rounded(y, output, kind) * output
 
 
-def _is_int8(tree: Node) -> bool:
+def _has_bytes(tree: Node) -> bool:
     if isinstance(tree, Rows):
-        return all(_is_int8(part) for part in tree.parts)
-    return isinstance(tree, Grid) and isinstance(tree.codes, Codes) and tree.codes.signed and tree.codes.bits == 8
+        return all(_has_bytes(part) for part in tree.parts)
+    return isinstance(tree, Grid) and isinstance(tree.codes, Codes) and tree.codes.bits == 8 and tree.offset is None
 
 
 def _row_parts(tree: Node) -> list[Grid]:
     """The matrices that lie one above the other."""
     if isinstance(tree, Rows):
         return [one for part in tree.parts for one in _row_parts(part)]
-    if not isinstance(tree, Grid):
-        raise NoKernel(
-            f"quanto multiplies rows of 8-bit integers, not a {type(tree).__name__}; dequantize the weight first"
-        )
+    assert isinstance(tree, Grid)
     return [tree]
 
 
-def _integer_product(codes: Tensor, grid: Grid, scale: Tensor) -> Tensor:
-    """float32: exact sums of integers, times the product of both scales in their own dtype."""
+def _byte_product(codes: Tensor, grid: Grid, scale: Tensor, kind: str) -> Tensor:
+    """float32. Both scales are multiplied first, in their own dtype: with the exact sums of integers, or into the weights."""
     assert isinstance(grid.codes, Codes)
     assert isinstance(grid.scale, Values)
     rows, columns = grid.shape
-    left = codes.to(torch.float64)
+    integers = kind == "int8" and grid.codes.signed
+    left = codes.to(torch.float64 if integers else torch.float32)
     y = torch.empty(codes.shape[0], rows, dtype=torch.float32, device=codes.device)
     for start, stop in row_chunks(rows, columns):
-        right = grid.codes.integers(slice(start, stop), slice(0, columns)).to(torch.float64)
-        scales = (scale * grid.scale.tensor[start:stop, 0]).to(torch.float32)
-        y[:, start:stop] = (left @ right.T).to(torch.float32) * scales
+        right = grid.codes.integers(slice(start, stop), slice(0, columns))
+        scales = scale * grid.scale.tensor[start:stop]
+        if integers:
+            y[:, start:stop] = (left @ right.to(torch.float64).T).to(torch.float32) * scales[:, 0].to(torch.float32)
+            continue
+        numbers = levels.look_up(grid.levels, right) if grid.levels is not None else right
+        y[:, start:stop] = left @ (scales * numbers.to(scales.dtype)).to(torch.float32).T
     return y
 
 
