@@ -2,7 +2,7 @@
 
     8 bits    scale = max|w| / top                    code = round(w / scale), unrounded for small floats
     fewer     scale = (max - min) / top, shift = -min code = round((w + shift) / scale)
-    "hqq"     shift = mean(code * scale - (w - E)), E = shrink(w - R), while the mean error of the whole weight falls
+    or        shift = mean(code * scale - (w - E)), E = shrink(w - R), while the mean error of the whole weight falls
 
 All arithmetic happens in the dtype of the dense weight, so codes are quanto's. A group whose weights are all equal gets the
 scale 0, as there, and codes of 0.
@@ -26,16 +26,16 @@ FLOATS = {
 }  # fmt: skip
 
 
-def quantize(dense: Tensor, target: Weight, *, optimizer: str = "max") -> Weight:
+def quantize(dense: Tensor, target: Weight, *, shift: str = "extremes") -> Weight:
     """Rows of 8-bit codes with a scale, or groups of fewer bits with a scale and a shift below zero.
 
-    `optimizer`: "max" or "hqq", for fewer than 8 bits.
+    `shift`: of "extremes" or "half-quadratic" (quanto's MaxOptimizer and HqqOptimizer), for fewer than 8 bits.
     """
-    grid = _checked(dense, target, optimizer)
+    grid = _checked(dense, target, shift)
     for start, stop in row_chunks(*dense.shape):
         if not bool(torch.isfinite(dense[start:stop]).all()):
             raise NotRepresentable(f"the weight is not finite near row {start}, which no code stands for; repair it")
-    filled = _rows(dense, grid) if grid.offset is None else _groups(dense, grid, optimizer)
+    filled = _rows(dense, grid) if grid.offset is None else _groups(dense, grid, shift)
     return Weight(filled, target.dtype, target.activation)
 
 
@@ -65,7 +65,7 @@ def _rows(dense: Tensor, grid: Grid) -> Grid:
 # --- groups --------------------------------------------------------------------------------------------------------------
 
 
-def _groups(dense: Tensor, grid: Grid, optimizer: str) -> Grid:
+def _groups(dense: Tensor, grid: Grid, shift: str) -> Grid:
     codes, scale, offset = grid.codes, grid.scale, grid.offset
     assert isinstance(codes, Codes)
     assert isinstance(scale, Values)
@@ -75,7 +75,7 @@ def _groups(dense: Tensor, grid: Grid, optimizer: str) -> Grid:
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     scales, shifts = (high - low) / top, -low
     chunks = row_chunks(*groups.shape)
-    if optimizer == "hqq":
+    if shift == "half-quadratic":
         shifts = _refined(groups, scales, shifts, top, chunks)
     packed = torch.empty(
         codes.shape[0], packing.row_bytes(codes.columns, codes.bits), dtype=torch.uint8, device=dense.device
@@ -143,10 +143,10 @@ def _stored(node: Values, numbers: Tensor) -> Values:
     return replace(node, tensor=stored)
 
 
-def _checked(dense: Tensor, target: Weight, optimizer: str) -> Grid:
+def _checked(dense: Tensor, target: Weight, shift: str) -> Grid:
     """The target's grid, if it is one this algorithm can fill."""
-    if optimizer not in ("max", "hqq"):
-        raise NotRepresentable(f"quanto has no optimizer {optimizer!r}; choose 'max' or 'hqq'")
+    if shift not in ("extremes", "half-quadratic"):
+        raise NotRepresentable(f"shift is {shift!r}; choose 'extremes' or 'half-quadratic'")
     if tuple(dense.shape) != tuple(target.shape) or dense.dim() != 2:
         raise NotRepresentable(
             f"a dense weight {tuple(dense.shape)} does not fill a target of shape {tuple(target.shape)}"

@@ -259,7 +259,7 @@ class QuantoBitsLayout(QuantoLayout):
         return self._tree(codes, scale, shift)
 
     def algorithm_options(self) -> dict[str, object]:
-        return {"optimizer": self.optimizer}
+        return {"shift": {"max": "extremes", "hqq": "half-quadratic"}[self.optimizer]}
 
 
 # --- inputs and outputs --------------------------------------------------------------------------------------------------
