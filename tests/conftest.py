@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# capability -> start of the names of the laws that must all hold, on every golden
+# capability -> start of the names of the laws that must all hold, on every golden that they do not skip for a reason
 LAWS = {
     "reads": ("test_law_1_", "test_law_3_"),
     "runs": ("test_law_6_", "test_logits_"),
@@ -48,7 +48,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for method, laws in sorted(outcomes.items()):
         own: dict[str, bool | int] = {}
         for capability, starts in LAWS.items():
-            results = [laws[law] for law in laws if law.startswith(starts)]
-            own[capability] = bool(results) and all(result == {"passed"} for result in results)
+            results = set().union(*(laws[law] for law in laws if law.startswith(starts)))
+            own[capability] = "passed" in results and "failed" not in results
         recorded[method] = {**own, "checkpoints": len(variants[method] - {""})}
     Path(target).write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
