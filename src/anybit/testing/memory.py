@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # a decoder of 190 million weights: 100 MB in four bits, 760 MB in float32
 ENLARGED = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
-    "head_dim": 128,
+    "head_dim": 128, "moe_intermediate_size": 1408,
 }  # fmt: skip
 
 _CHILD = """
