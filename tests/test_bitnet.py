@@ -302,3 +302,31 @@ def test_odd_rows_stay_dense_and_say_why(tmp_path: Path) -> None:
     assert "50 outputs" in reasons["model.layers.0.mlp.up_proj"]
     assert "embedding" in reasons["model.embed_tokens"]
     assert anybit.load(tmp_path / "made").anybit_plan.coverage == plan.coverage
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_experts_are_packed_where_they_are_stored_one_by_one(tmp_path: Path, linear_class: str) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = Qwen3MoeConfig(
+        hidden_size=32, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, vocab_size=64,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(small).save_pretrained(tmp_path / "dense")
+    config = BitNetQuantConfig(linear_class=linear_class)
+    plan = anybit.quantize(tmp_path / "dense", tmp_path / "made", config)
+    packed = {entry.slot.module for entry in plan.entries if entry.action == "quantize"}
+    experts = "model.layers.0.mlp.experts"
+    assert {f"{experts}.gate_up_proj", f"{experts}.down_proj"} <= packed
+    model: Any = anybit.load(tmp_path / "made")
+    stacked = model.model.layers[0].mlp.experts.gate_up_proj.quantized_weight
+    x = inputs(32, torch.float32)
+    gate, up = (
+        load_file(tmp_path / "dense" / "model.safetensors")[f"{experts}.2.{own}_proj.weight"] for own in ("gate", "up")
+    )
+    divides = linear_class == "bitlinear"
+    for number, dense in enumerate((gate, up)):  # each with its own scale
+        layout = BitNetLayout((32, 32), "float32", "float32", divides)
+        wanted = multiply(made(layout, dense), x, None)
+        ours = multiply(stacked.select(2), x, None)[:, 32 * number : 32 * (number + 1)]
+        torch.testing.assert_close(ours, wanted)

@@ -190,12 +190,16 @@ class BitNetHfQuantizer(HfQuantizer):
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         if not self.should_convert(module):
             return None
-        if not self._is_converted(module):
+        if module.kind != "linear":
             self.skip_reasons[module.name] = (
                 f"BitNet stores linear layers; this is a {module.class_name} ({module.kind})"
             )
             return None
         dtype = module.dtype if module.dtype in layouts.FLOATS else "float32"
+        if self.quantization_config.online and module.name not in self.linears:
+            return (
+                None  # a part of a stack of experts: nothing would tell that it is to be rounded when it is multiplied
+            )
         if self.quantization_config.online:
             return layouts.OnlineLayout(module.shape, dtype, dtype)
         if module.shape[0] % 4:
