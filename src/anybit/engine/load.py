@@ -85,7 +85,8 @@ def load(
     checkpoint.release()
     _mark(model, prepared)
     offloader.dispatch(model)
-    if dequantize:
+    # transformers' spelling of the same wish: an option of several configuration classes
+    if dequantize or getattr(getattr(prepared.quantizer, "quantization_config", None), "dequantize", False):
         from anybit.engine.dequantize import dequantize_model
 
         dequantize_model(model)
