@@ -324,3 +324,12 @@ def test_a_new_head_is_initialised_only_when_asked_for(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "head")
     again: Any = anybit.AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
     assert torch.equal(again.score.weight, model.score.weight)
+
+
+def test_a_configuration_can_ask_for_dense_weights() -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        next((ROOT / "tests" / "golden" / "fp8").iterdir()),
+        quantization_config=anybit.FineGrainedFP8Config(dequantize=True),
+    )
+    assert not any(isinstance(module, PackedWeight) for module in model.modules())
+    assert torch.isfinite(logits_of(model)).all()
