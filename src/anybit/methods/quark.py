@@ -7,13 +7,24 @@ weight_zero_point, input_scale, output_scale, bias; a second level ends in _2. F
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
+from anybit.errors import InvalidOption
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.options import check_names, check_objects, check_type
+from anybit.quantizers.matching import compiled
+from anybit.quantizers.options import check_names, check_objects, check_type, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _quark_layouts as layouts
+    from anybit.weight import Layout, ModuleInfo
+else:
+    layouts = LazyModule("anybit.methods._quark_layouts")
 
 
 @register_quantization_config("quark")
@@ -80,6 +91,62 @@ class QuarkConfig(QuantizationConfigMixin):
 
 @register_quantizer("quark")
 class QuarkHfQuantizer(HfQuantizer):
-    """Quark's layouts."""
+    """Quark's layouts. Patterns of modules are those of a shell, the first that matches counts."""
 
     requires_calibration = True
+    layouts_available = True
+
+    @property
+    def pack_method(self) -> str:
+        """How eight 4-bit codes lie in a word: "reorder" or "order"."""
+        config = self.quantization_config
+        return str((config.export or {}).get("pack_method") or config.pack_method or "reorder")
+
+    @property
+    def weight_format(self) -> str:
+        """ "real_quantized", or "fake_quantized" for weights that were rounded and kept dense."""
+        return str((self.quantization_config.export or {}).get("weight_format") or "real_quantized")
+
+    def spec_of(self, module: str, part: str) -> Mapping[str, Any] | None:
+        """What the configuration says of "weight", "input_tensors" or "output_tensors" of a module."""
+        config = self.quantization_config
+        if config.custom_mode == "fp8":
+            return self._fp8_mode(module, part)
+        kept_output = part == "output_tensors" and _first(module, config.kv_cache_quant_config or ()) is not None
+        if _first(module, config.exclude or ()) is not None and not kept_output:
+            return None
+        named = _first(module, config.layer_quant_config or ())
+        settings = config.layer_quant_config[named] if named is not None else None
+        if settings is None:
+            settings = (config.layer_type_quant_config or {}).get("Linear") or config.global_quant_config
+        found = (settings or {}).get(part)
+        if isinstance(found, list):
+            raise InvalidOption(f"QuarkConfig: {part} of {module} is quantized in {len(found)} levels; one is known")
+        return found
+
+    def _fp8_mode(self, module: str, part: str) -> Mapping[str, Any] | None:
+        config = self.quantization_config
+        if _first(module, config.ignored_layers or ()) is not None:
+            return None
+        scheme = {"weight": "static", "input_tensors": config.activation_scheme}.get(part)
+        return {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": scheme == "dynamic"} if scheme else None
+
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        if self.quantization_config.kv_cache_post_rope:
+            raise refuse(
+                self.quantization_config, "kv_cache_post_rope", "keys are rounded before their rotary embedding here"
+            )
+        self.attached = layouts.attach_outputs(
+            model, checkpoint, path_of, lambda name: self.spec_of(name, "output_tensors")
+        )
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        return layouts.layout_of(self, module, stored)
+
+
+def _first(module: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern of a shell that is the module's name."""
+    for pattern in patterns:
+        if pattern == module or compiled(fnmatch.translate(pattern)).covers(module):
+            return pattern
+    return None
