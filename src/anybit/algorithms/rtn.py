@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 from anybit.errors import NotRepresentable
-from anybit.weight import Codes, Grid, Node, Values, Weight, packing
+from anybit.weight import Codes, Crop, Grid, Node, Values, Weight, packing
 from anybit.weight.nodes import map_tensors, tensors_of
 from anybit.weight.weight import row_chunks
 
 
 @dataclass(frozen=True)
 class Range:
-    """A rule's answer for every block: value = (code - zero) * scale, or code * scale + offset."""
+    """A rule's answer for every block: value = (code - zero) * scale, or code * scale + offset.
+
+    `origin`: what is subtracted from a weight before the division, where that is not the offset that is stored.
+    """
 
     scale: Tensor
     zero: Tensor | None = None
     offset: Tensor | None = None
+    origin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class _Rounding:
     zero_first: bool
     ties: str
     reciprocal: bool
+    limits: tuple[int, int] | None
 
 
 # rule(lowest [blocks down, blocks across], highest) -> the fields of Range by name, same shape and dtype
@@ -54,6 +59,7 @@ def quantize(
     zero_first: bool = False,
     ties: str = "even",
     reciprocal: bool = False,
+    limits: tuple[int, int] | None = None,
 ) -> Weight:
     """The nearest codes of `target`'s grid.
 
@@ -61,11 +67,20 @@ def quantize(
     rounded. `as_stored`: codes are chosen for scale and zero point as they are stored, not as they were computed.
     `zero_first`: a zero point is always added before rounding, which decides ties differently when it is odd. `ties`: what
     lies half way between two codes becomes the "even" one, or the one "away" from zero. `reciprocal`: weights are multiplied
-    by 1 / scale, not divided by it.
+    by 1 / scale, not divided by it. `limits`: smallest and largest code to use; all by default.
     """
+    if isinstance(target.tree, Crop):  # what the format cuts off is made of zeros
+        padded = target.tree.child.shape
+        room = (0, padded[-1] - dense.shape[-1], 0, padded[-2] - dense.shape[-2])
+        filled = quantize(
+            torch.nn.functional.pad(dense, room), replace(target, tree=target.tree.child), symmetric=symmetric,
+            ranges=ranges, arithmetic=arithmetic, as_stored=as_stored, zero_first=zero_first, ties=ties,
+            reciprocal=reciprocal, limits=limits,
+        )  # fmt: skip
+        return replace(filled, tree=replace(target.tree, child=filled.tree))
     grid = _checked(dense, target)
     rule = ranges or _spanning(grid, symmetric)
-    how = _Rounding(getattr(torch, arithmetic), as_stored, zero_first, ties, reciprocal)
+    how = _Rounding(getattr(torch, arithmetic), as_stored, zero_first, ties, reciprocal, limits)
     if dense.dim() == 2:
         return Weight(_matrix(dense, grid, rule, how), target.dtype, target.activation)
     experts = [_matrix(part, grid.select(number), rule, how) for number, part in enumerate(dense)]  # type: ignore[arg-type]
@@ -114,13 +129,14 @@ def _matrix(dense: Tensor, grid: Grid, rule: Rule, how: _Rounding) -> Grid:
     if how.as_stored:
         found = Range(*(_as_read(parameters.get(name), dtype) for name in ("scale", "zero", "offset")))  # type: ignore[arg-type]
         found = replace(found, zero=None) if grid.zero is None else found
-    first, last = code_range(codes)
+    first, last = how.limits or code_range(codes)
     # a whole zero point is added after rounding, as in most integer formats; another one before
     whole = not how.zero_first and found.zero is not None and bool((found.zero == found.zero.round()).all())
     packed = torch.empty(rows, packing.row_bytes(columns, codes.bits), dtype=torch.uint8, device=dense.device)
     for start, stop in row_chunks(rows, columns):
         block = torch.arange(start, stop, device=dense.device) // down
-        scale, zero, offset = (_of_rows(part, block) for part in (found.scale, found.zero, found.offset))
+        origin = found.offset if found.origin is None else found.origin
+        scale, zero, offset = (_of_rows(part, block) for part in (found.scale, found.zero, origin))
         numbers = _blocks(dense[start:stop].to(dtype), across)
         numbers = numbers if offset is None else numbers - offset
         numbers = numbers * (1 / scale) if how.reciprocal else numbers / scale

@@ -52,14 +52,17 @@ class Checkpoint:
             self.values = {**part.values, **self.values}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._files = {str(file): raw for file, raw in files.items()}
-        _check_index(located, tensors)
+        _check_index(located, tensors, self.values)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+    def open(
+        cls, path: str | os.PathLike[str], *, allow_pickle: bool = False, packages: tuple[str, ...] = ()
+    ) -> Checkpoint:
         """The checkpoint in a folder, a file, or the shards of an index (*.index.json). Reads headers only.
 
-        `allow_pickle`: read torch.save files too, with a reader that runs nothing of what they contain. Raises
-        CheckpointError: CorruptFile, MissingTensor (a shard is absent), UnsafeFile (pickles, names leading out of the folder).
+        `allow_pickle`: read torch.save files too, with a reader that runs nothing of what they contain. `packages`: whose
+        objects such a file may mention; they become `Described` values, the tensors in them tensors. Raises CheckpointError:
+        CorruptFile, MissingTensor (a shard is absent), UnsafeFile (pickles, names leading out of the folder).
         """
         place = Path(path)
         located = locate(place, allow_pickle)
@@ -76,7 +79,7 @@ class Checkpoint:
                 raise unsafe_pickle(file)
             files[file] = RawFile(file)
             try:
-                contents[file] = reader(files[file])
+                contents[file] = pickles.read(files[file], packages) if reader is pickles.read else reader(files[file])
             finally:
                 files[file].close()
         return cls(place, located, contents, files)
@@ -121,10 +124,12 @@ class Checkpoint:
         return f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors in {len(self._files)} files)"
 
 
-def _check_index(located: Located, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_index(located: Located, tensors: Mapping[str, TensorInfo], values: Mapping[str, Any]) -> None:
     """Every tensor the index names lies in the shard it says. (Shards may hold more: headers are the truth.)"""
     for name, file in located.file_of.items():
         info = tensors.get(name)
+        if info is None and name in values:  # a tensor made of others, which have names of their own
+            continue
         if info is None:
             raise MissingTensor(
                 f"{located.index} places tensor {shorten(name)} in {file.name}, which does not hold it. Download both again"

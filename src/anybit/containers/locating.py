@@ -20,6 +20,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # torch.save files that training leaves beside the weights
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)$")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.[a-z]+$")
+_USUAL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$")
 # formats without an index, whose parts find each other by their names: any of them means all of them
 SPLIT_BY_NAME = (".gguf",)
 MAX_PARTS = 4096
@@ -70,7 +71,10 @@ def _in_folder(folder: Path, allow_pickle: bool) -> Located:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
-    found = _choose(folder, [name for name in names if name.endswith(".safetensors")], "model", ".safetensors", names)
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    if {"pytorch_model.bin", "pytorch_model.bin.index.json"} & set(names) and not any(map(_USUAL.match, names)):
+        safetensors = []  # an adapter, say: the weights are in the file with the usual name
+    found = _choose(folder, safetensors, "model", ".safetensors", names)
     if found is not None:
         return found
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES) and not NOT_WEIGHTS.match(name)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from anybit.containers.info import BY_TORCH_NAME, LARGEST, MAX_DIMENSIONS, Contents, TensorInfo, elements, shorten
 from anybit.containers.rawfile import RawFile
-from anybit.containers.unpickle import Name, Pickled, Storage, Unpickled, unpickle
+from anybit.containers.unpickle import Described, Name, Pickled, Storage, Unpickled, unpickle
 from anybit.errors import AnybitError, CorruptFile, UnsafeFile
 
 MAX_PICKLE_BYTES = 64 << 20
@@ -31,13 +31,16 @@ AGAIN = "Download it again or convert it to safetensors"
 Places = Mapping[str, tuple[int, int]]  # storage key -> offset in the file, bytes
 
 
-def read(file: RawFile) -> Contents:
-    """Tensors and plain values of one torch.save file. Nested dictionaries and lists become dotted names."""
+def read(file: RawFile, packages: tuple[str, ...] = ()) -> Contents:
+    """Tensors and plain values of one torch.save file. Nested dictionaries and lists become dotted names.
+
+    `packages`: whose objects are taken down as `Described` values; the tensors in them have dotted names below theirs.
+    """
     start = file.bytes(0, min(file.size, 4))
     if start == b"PK\x03\x04":
-        found, places = _read_zip(file)
+        found, places = _read_zip(file, packages)
     elif start[:1] == b"\x80":
-        found, places = _read_legacy(file)
+        found, places = _read_legacy(file, packages)
     else:
         raise CorruptFile(f"{file.path} is no torch.save file: it starts with {start!r}. {AGAIN}")
     if not isinstance(found.value, dict):
@@ -68,10 +71,28 @@ def _leaves(value: Any, prefix: str, depth: int, where: str) -> Iterator[tuple[s
         if not isinstance(key, (str, int)) or len(name) > MAX_NAME:
             raise CorruptFile(f"{where} has an entry named {shorten(name)}, which is no name of a tensor. {AGAIN}")
         holds_more = isinstance(item, (list, tuple)) and any(isinstance(part, (Pickled, dict)) for part in item)
-        if (isinstance(item, dict) and item) or holds_more:
+        if isinstance(item, Described):
+            yield name, item
+            yield from _tensors_of(item, name, depth, where, set())
+        elif (isinstance(item, dict) and item) or holds_more:
             yield from _leaves(item, f"{name}.", depth + 1, where)
         else:
             yield name, item
+
+
+def _tensors_of(item: Described, prefix: str, depth: int, where: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """The tensors among an object's fields, and among those of the objects in it; an object met again is passed over."""
+    seen.add(id(item))
+    if depth > MAX_NESTING:
+        raise CorruptFile(f"{where} nests objects more than {MAX_NESTING} deep; no state dict does. {AGAIN}")
+    for field, part in item.fields.items():
+        name = f"{prefix}.{field}"
+        if len(name) > MAX_NAME:
+            raise CorruptFile(f"{where} has an entry named {shorten(name)}, which is no name of a tensor. {AGAIN}")
+        if isinstance(part, Described) and id(part) not in seen:
+            yield from _tensors_of(part, name, depth + 1, where, seen)
+        elif isinstance(part, Pickled):
+            yield name, part
 
 
 def _located(name: str, tensor: Pickled, places: Places, file: RawFile) -> TensorInfo:
@@ -152,7 +173,7 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _read_zip(file: RawFile) -> tuple[Unpickled, Places]:
+def _read_zip(file: RawFile, packages: tuple[str, ...]) -> tuple[Unpickled, Places]:
     try:
         with zipfile.ZipFile(_Window(file)) as archive:
             entries = _checked_entries(archive.infolist(), file)
@@ -167,7 +188,7 @@ def _read_zip(file: RawFile) -> tuple[Unpickled, Places]:
             order = entries.get(f"{root}byteorder")
             if order is not None and archive.open(order).read(16) != b"little":
                 raise CorruptFile(f"{file.path} was written on a big-endian machine, which is not supported")
-            found = unpickle(io.BytesIO(archive.read(pickles[0])), f"{file.path} ({pickles[0]})")
+            found = unpickle(io.BytesIO(archive.read(pickles[0])), f"{file.path} ({pickles[0]})", packages)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, struct.error) as error:
         if isinstance(error, AnybitError):
             raise
@@ -223,7 +244,7 @@ def _data_of(entry: zipfile.ZipInfo, file: RawFile) -> tuple[int, int]:
 # --- legacy -------------------------------------------------------------------------------------------------------------
 
 
-def _read_legacy(file: RawFile) -> tuple[Unpickled, Places]:
+def _read_legacy(file: RawFile, packages: tuple[str, ...]) -> tuple[Unpickled, Places]:
     stream = io.BufferedReader(_Budget(file))
     where = str(file.path)
     if unpickle(stream, where).value != LEGACY_MAGIC:
@@ -231,7 +252,7 @@ def _read_legacy(file: RawFile) -> tuple[Unpickled, Places]:
     protocol, system = unpickle(stream, where).value, unpickle(stream, where).value
     if protocol != LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise CorruptFile(f"{where}: torch.save layout {shorten(protocol)} on {shorten(system)} is not supported")
-    found = unpickle(stream, where)
+    found = unpickle(stream, where, packages)
     keys = unpickle(stream, where).value
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(found.storages):
         raise CorruptFile(f"{where}: its list of storages is not the list of those its tensors use. {AGAIN}")

@@ -1,8 +1,9 @@
 """A pickle of tensors as a description of tensors: a walk over its opcodes in which nothing is ever called.
 
 Python's pickle runs what a file names. This reader knows the few names that torch.save writes for a state dict and answers
-each with an inert record; any other name is an UnsafeFile error. Memory is bounded by the number of opcodes, sizes inside
-the pickle are claims that `pickles.py` checks against the file.
+each with an inert record; any other name is an UnsafeFile error. Who opens the file may name packages whose objects are
+taken down as well, class name and fields (`Described`); they are not imported, nor is anything of them called. Memory is
+bounded by the number of opcodes, sizes inside the pickle are claims that `pickles.py` checks against the file.
 """
 
 from __future__ import annotations
@@ -48,6 +49,22 @@ class Name:
     dtype: str = ""  # of a storage class
 
 
+@dataclass(frozen=True)
+class Described:
+    """An object of a package that was asked for: the name of its class, what it was made with, and its fields."""
+
+    path: str
+    arguments: tuple[Any, ...]
+    fields: dict[str, Any]
+
+
+def _wrapper_subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Described:
+    """A tensor that is made of other tensors, which are its fields."""
+    if not isinstance(kind, Name) or getattr(function, "path", None) != _WRAPPER or not isinstance(state, dict):
+        raise ValueError(f"a tensor rebuilt by {getattr(function, 'path', function)!r}, not one that wraps others")
+    return Described(kind.path, tuple(arguments), dict(state))
+
+
 def _tensor(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Pickled:
     # rest of _rebuild_tensor_v3: requires_grad, hooks, dtype, ...; of _rebuild_tensor_v2: requires_grad, hooks, metadata
     dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else storage.dtype
@@ -75,6 +92,14 @@ _NAMES: dict[str, Any] = {
     "torch._utils._rebuild_parameter": Name("torch._utils._rebuild_parameter", lambda data, *rest: data),
 }
 
+_WRAPPER = "torch._utils._rebuild_wrapper_subclass"
+# how torch.save writes tensors that wrap others; known only where such are asked for
+_SUBCLASS_NAMES: dict[str, Any] = {
+    _WRAPPER: Name(_WRAPPER),
+    "torch._tensor._rebuild_from_type_v2": Name("torch._tensor._rebuild_from_type_v2", _wrapper_subclass),
+    "torch.serialization._get_layout": Name("torch.serialization._get_layout", lambda name: name),
+}
+
 _MARK = object()
 _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set,
@@ -98,9 +123,9 @@ class Unpickled:
     opcodes: int
 
 
-def unpickle(stream: IO[bytes], where: str) -> Unpickled:
-    """What one pickle describes. Stops behind the pickle in `stream`."""
-    machine = _Machine(where)
+def unpickle(stream: IO[bytes], where: str, packages: tuple[str, ...] = ()) -> Unpickled:
+    """What one pickle describes. Stops behind the pickle in `stream`. `packages`: whose objects become `Described`."""
+    machine = _Machine(where, packages)
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             machine.step(opcode.name, argument)
@@ -116,8 +141,9 @@ def unpickle(stream: IO[bytes], where: str) -> Unpickled:
 class _Machine:
     """The pickle virtual machine, without the part that imports and calls."""
 
-    def __init__(self, where: str):
+    def __init__(self, where: str, packages: tuple[str, ...] = ()):
         self.where, self.count = where, 0
+        self.packages = packages
         self.result: Any = None
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -224,9 +250,14 @@ class _Machine:
         self._push_name(f"{module}.{name}")
 
     def _push_name(self, path: str) -> None:
-        if path not in _NAMES:
+        if path in _NAMES:
+            self.stack.append(_NAMES[path])
+        elif self.packages and path in _SUBCLASS_NAMES:
+            self.stack.append(_SUBCLASS_NAMES[path])
+        elif path.partition(".")[0] in self.packages:
+            self.stack.append(Name(path, lambda *arguments: Described(path, arguments, {})))
+        else:
             self.unsafe(f"names the Python object {shorten(path)}")
-        self.stack.append(_NAMES[path])
 
     def _reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -237,8 +268,11 @@ class _Machine:
     _newobj = _reduce
 
     def _build(self, _: None) -> None:
-        self.stack.pop()  # attributes, such as the _metadata of a state dict
-        self._top(dict)
+        attributes = self.stack.pop()  # such as the _metadata of a state dict
+        if isinstance(self.stack[-1], Described):
+            self.stack[-1].fields.update(attributes)
+        else:
+            self._top(dict)
 
     def _binpersid(self, _: None) -> None:
         # ("storage", class, key, device it was on, count, view of another storage)

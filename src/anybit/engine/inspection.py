@@ -71,7 +71,9 @@ def inspect(
         problems.append(str(error))
     try:
         quantizer = AutoHfQuantizer.from_config(found) if found is not None else None
-        checkpoint, bundle = unbundled(Checkpoint.open(location, allow_pickle=allow_pickle), quantizer)
+        packages = quantizer.pickled_packages if quantizer is not None else ()
+        opened = Checkpoint.open(location, allow_pickle=allow_pickle, packages=packages)
+        checkpoint, bundle = unbundled(opened, quantizer)
         if bundle is not None:
             architecture = bundle.config["architectures"][0]
     except AnybitError as error:

@@ -158,7 +158,8 @@ def prepare(
     if quantizer is not None:
         quantizer.validate_environment(device_map=device_map, weights_only=True)
     weights = location if quantizer is None else quantizer.weights_in(location)
-    checkpoint: Any = Checkpoint.open(weights, allow_pickle=allow_pickle)
+    packages = quantizer.pickled_packages if quantizer is not None else ()
+    checkpoint: Any = Checkpoint.open(weights, allow_pickle=allow_pickle, packages=packages)
     if quantizer is None or not quantizer.pre_quantized:
         shown = recognize_quantizer(location, checkpoint.tensors, quantization_config)
         if shown is not None:

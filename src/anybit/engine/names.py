@@ -136,7 +136,7 @@ class Names:
         part = self._part(f"{prefix}.weight") if prefix and relative != "weight" else None
         if part is None or f"{part[0].removesuffix('weight')}{relative}" in self.state:
             return False
-        found.parts.setdefault(part[0], {}).setdefault(part[1], Part(prefix)).stored[relative] = key
+        found.parts.setdefault(part[0], {}).setdefault(part[1], Part(prefix)).stored[_relative(relative)] = key
         return True
 
     def rename(self, key: str) -> tuple[str, Any, str]:
@@ -188,17 +188,18 @@ class Names:
         for cut in range(len(pieces), 0, -1):
             found = self._part(f"{names[cut - 1]}.weight") if cut > 1 else None  # a module
             if found is not None:
-                return *found, names[cut - 1], ".".join(pieces[cut - 1 :])
+                return *found, names[cut - 1], _relative(".".join(pieces[cut - 1 :]))
             found = self._part(names[cut]) if not names[cut].endswith(".weight") else None  # of its own: 3-D experts
             if found is not None:
-                return *found, names[cut], ".".join(pieces[cut:])
-        # names appended without a dot: gate_up_proj_blocks
+                return *found, names[cut], _relative(".".join(pieces[cut:]))
+        # names appended without a dot: gate_up_proj_blocks; or beside the parameter: _gate_up_proj_scale
         head, _, last = key.rpartition(".")
-        for match in reversed(list(re.finditer("_", last))):
-            prefix = f"{head}.{last[: match.start()]}" if head else last[: match.start()]
+        own = last.removeprefix("_")
+        for match in reversed(list(re.finditer("_", own))):
+            prefix = f"{head}.{own[: match.start()]}" if head else own[: match.start()]
             found = self._part(prefix)
             if found is not None:
-                return *found, prefix, last[match.start() :]
+                return *found, prefix, own[match.start() :] if own == last else f"/{last}"
         return None
 
     def _part(self, key: str) -> tuple[str, Index] | None:
@@ -226,6 +227,11 @@ class Names:
             expert = int(numbers.group(1)) if numbers.group(1) != "*" else None
         position = converter.source_patterns.index(pattern) if len(converter.source_patterns) > 1 else None
         return renamed, (expert, position)
+
+
+def _relative(name: str) -> str:
+    """As layouts name it: a leading underscore would mean that no dot comes before."""
+    return f".{name}" if name.startswith("_") else name
 
 
 def restored_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,13 +23,15 @@ class HfQuantizer:
     requires_calibration: it cannot be created from weights alone. layouts_available: this class reads the method's tensors;
     False refuses every load in `validate_environment`. default_algorithm: how codes are chosen when the user names no
     algorithm; the name of a file in `anybit/algorithms`, None for the layout's own. calibrated_algorithm: the same, when there
-    is calibration data.
+    is calibration data. pickled_packages: whose objects a torch.save file of this method mentions; they are read as
+    class names and fields, for `spelled_out` to make tensors of.
     """
 
     requires_calibration: ClassVar[bool] = False
     layouts_available: ClassVar[bool] = False
     default_algorithm: ClassVar[str | None] = None
     calibrated_algorithm: ClassVar[str | None] = None
+    pickled_packages: ClassVar[tuple[str, ...]] = ()
     is_trainable: bool = True
     is_qat_trainable: bool = False
     is_compileable: bool = True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from anybit.quantizers.checkpoint_config import KEY
 from anybit.testing.goldens import Golden, entry_of, prepared, units
 from anybit.testing.random_weights import random_weight
 from anybit.weight import Layout
@@ -78,7 +79,10 @@ def enlarged_checkpoint(
     from anybit.engine import skeleton
 
     small = prepared(golden)
-    config = json.loads((golden.path / "config.json").read_text())
+    config = small.stored_config()
+    assert config is not None and small.quantizer is not None
+    if small.bundle is not None:  # written as an ordinary checkpoint
+        config[KEY] = small.quantizer.quantization_config.to_dict()
     config.update({name: value for name, value in sizes.items() if name in config or name == "head_dim"})
     for name in ("layer_types", "no_rope_layers", "moe_layers"):  # lists with an entry for each layer
         config.pop(name, None)
@@ -92,6 +96,7 @@ def enlarged_checkpoint(
     example = {unit.name: unit for unit in units(golden)}
     made: dict[tuple[Layout, tuple[int, ...]], dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
+    layouts: dict[str, Layout] = {}
     for key, empty in model.state_dict().items():
         slot = found.get(key)
         entry = entry_of(small, re.sub(r"\.\d+\.", ".0.", slot.module)) if slot is not None else None
@@ -101,10 +106,13 @@ def enlarged_checkpoint(
         unit = example[entry.parts[0].prefix]
         if (unit.layout, slot.shape) not in made:
             made[unit.layout, slot.shape] = stored_as(unit.layout, slot.shape, unit.layout.decode(unit.tensors).extras)
+        layouts[slot.module] = dataclasses.replace(unit.layout, shape=slot.shape)
         for name, tensor in made[unit.layout, slot.shape].items():
             tensors[join_name(slot.module, name)] = tensor.clone()
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for source in tied:
         tensors.pop(source, None)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert small.quantizer is not None
+    metadata = small.quantizer.file_metadata(layouts, list(tensors))
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
     return Enlarged(folder, sum(4 * math.prod(slot.shape) for slot in found.values()))

@@ -32,7 +32,7 @@ class Activation:
     dtype: "int8", "e4m3", "e2m1", ...; granularity: "tensor", "token" or "group" (of `group_size` inputs);
     `names`/`tensors`: static scales and the like, as stored; `threshold`: inputs at least this large stay unquantized.
     `stacked`: the tensors of a stack of experts have a leading experts axis of their own. `limit`: scales are chosen as if no
-    input were larger, so larger ones are clipped.
+    input were larger, so larger ones are clipped. `least`: as if some input were at least that large.
     """
 
     rule: str
@@ -45,6 +45,7 @@ class Activation:
     tensors: tuple[Tensor, ...] = ()
     stacked: bool = False
     limit: float | None = None
+    least: float | None = None
 
     def select(self, expert: int) -> Activation:
         """What one expert of a stack does to its input."""

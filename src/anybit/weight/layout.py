@@ -37,8 +37,13 @@ class ModuleInfo:
 class Layout:
     """One module's stored tensors and how they make a weight. Pure: allocates on the input's device, never writes into it.
 
-    Names are relative to the module and joined with a dot, except those that start with "_", which are appended
-    (`gate_up_proj` + `_blocks`), and "", the module's own name. A bias is not a layout's business.
+    Names are relative to the module and joined with a dot, except "", the module's own name, and those that start with
+
+        "_"    appended            gate_up_proj and _blocks                  gate_up_proj_blocks
+        "."    appended too        o_proj and ._weight_scale                 o_proj._weight_scale
+        "/"    beside the module   experts.down_proj and /_down_proj_scale   experts._down_proj_scale
+
+    A bias is not a layout's business.
     """
 
     shape: tuple[int, ...]
@@ -102,6 +107,8 @@ def meta(dtype: str, *shape: int) -> Tensor:
 
 def join_name(module: str, name: str) -> str:
     """Full tensor name of a layout's relative one."""
-    if not name or name.startswith("_"):
+    if not name or name.startswith(("_", ".")):
         return module + name
+    if name.startswith("/"):
+        return f"{module.rpartition('.')[0]}.{name[1:]}" if "." in module else module + name
     return f"{module}.{name}" if module else name

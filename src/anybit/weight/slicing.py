@@ -82,7 +82,8 @@ def _check_activation(weight: Weight, axis: int, start: int, what: str) -> None:
     own = [name for name, tensor in zip(activation.names, activation.tensors, strict=True) if tensor.numel() > 1]
     if own and not activation.stacked:
         raise NotRepresentable(
-            f"{what}: the input quantization {activation.rule!r} owns {own[0]!r}, which has no known way to be cut"
+            f"{what}: the input quantization {activation.rule!r} owns {own[0]!r}, which has no known way to be cut; keep the "
+            "weight whole, or dequantize it first"
         )
     if axis == COLUMNS and activation.group_size and start % activation.group_size:
         raise NotRepresentable(f"{what}: inputs are quantized in groups; cut at multiples of {activation.group_size}")
@@ -150,7 +151,7 @@ def _codebook(node: nodes.Codebook, axis: int, start: int, stop: int) -> Node:
     size = node.vector[axis]
     if start % size or stop % size:
         raise _Misaligned(size)
-    wide = node.tables.shape[-4] if axis == COLUMNS else 1
+    wide = node.count if axis == COLUMNS else 1
     codes = slice_node(node.codes, axis, start // size * wide, stop // size * wide)
     signs = slice_node(node.signs, axis, start, stop) if node.signs is not None else None
     return replace(node, codes=codes, signs=signs, scale=_parameter(node.scale, axis, start, stop, node.block[axis]))
