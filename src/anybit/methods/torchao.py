@@ -7,15 +7,27 @@ Stored for a weight `a.b.weight`: a.b._weight_qdata, a.b._weight_scale, a.b._wei
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import InvalidOption, did_you_mean
+from anybit._lazy import LazyModule
+from anybit.errors import CorruptFile, InvalidOption, did_you_mean
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import InvalidOptionType, check_flags, check_names, dtype_name
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _torchao_configs as configs
+    from anybit.methods import _torchao_pickles as pickled
+    from anybit.methods import _torchao_records as records
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    configs = LazyModule("anybit.methods._torchao_configs")
+    pickled = LazyModule("anybit.methods._torchao_pickles")
+    records = LazyModule("anybit.methods._torchao_records")
 
 # configuration classes that a file may name -> their version today
 VERSIONS: Mapping[str, int] = {
@@ -30,6 +42,8 @@ VERSIONS: Mapping[str, int] = {
     "NVFP4DynamicActivationNVFP4WeightConfig": 1, "NVFP4WeightOnlyConfig": 1, "SemiSparseWeightConfig": 1,
     "BlockSparseWeightConfig": 1,
 }  # fmt: skip
+# classes that hold one configuration for each name
+MANY = ("FqnToConfig", "ModuleFqnToConfig")
 # names that transformers 4 wrote, with their settings in `quant_type_kwargs`
 LEGACY: Mapping[str, str] = {
     "int4_weight_only": "Int4WeightOnlyConfig",
@@ -68,7 +82,7 @@ class TorchAoConfig(QuantizationConfigMixin):
                 f"TorchAoConfig: quant_type is {name!r}{did_you_mean(name, LEGACY) or '.'} Known: {', '.join(LEGACY)}"
             )
         # the classes of that time were version 1; `layout` was an object of torchao's and cannot be in a file
-        data = config_dict.pop("quant_type_kwargs", None) or {}
+        data = config_dict.setdefault("quant_type_kwargs", None) or {}
         return {**config_dict, "quant_type": {"_type": LEGACY[name], "_version": 1, "_data": data}}
 
     def get_apply_tensor_subclass(self) -> dict[str, Any]:
@@ -78,6 +92,10 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     def own_dict(self) -> dict[str, Any]:
         own = super().own_dict()
+        name = next((name for name, found in LEGACY.items() if found == self.quant_type["_type"]), None)
+        as_read = self.extra_fields.get("quant_type_kwargs", "absent")
+        if name is not None and as_read != "absent" and (as_read or {}) == self.quant_type["_data"]:
+            return {**own, "quant_type": name}
         return {**own, "quant_type": {"default": own["quant_type"]}}
 
 
@@ -126,3 +144,107 @@ def encoded(value: Any) -> Any:
 @register_quantizer("torchao")
 class TorchAoHfQuantizer(HfQuantizer):
     """Layouts of torchao's tensor classes."""
+
+    layouts_available = True
+    pickled_packages = ("torchao",)
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        self.records: dict[str, str] = {}
+
+    # --- reading ---
+
+    def spelled_out(self, checkpoint: Any) -> Any:
+        if getattr(checkpoint, "values", None):
+            checkpoint = pickled.spelled_out(checkpoint)
+        self.records = {name: text for name, text in checkpoint.metadata.items() if '"_type"' in text}
+        return checkpoint
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        names = [name for name in stored if name.startswith(("._", "/_"))]
+        if not names:
+            return None
+        infos = {name[2:]: stored[name] for name in names}
+        owner = stored[names[0]].name.rpartition("._")[0]
+        for full_name, text in self.records.items():
+            parent, _, parameter = full_name.rpartition(".")
+            if parent == owner and all(name.startswith(f"{parameter}_") for name in infos):
+                parts = {name.removeprefix(f"{parameter}_"): info for name, info in infos.items()}
+                return records.Record(module, parameter, full_name, text, parts).layout()
+        info = stored[names[0]]
+        raise CorruptFile(
+            f"tensor {info.name!r} in {info.file} is a part of a quantized weight, but the file's header, which says how to read "
+            f"it, does not mention {owner}'s parameters. The file was saved by a program that drops the header's metadata; get "
+            "the original"
+        )
+
+    # --- creating ---
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        super().begin(model, slots)
+        if self.pre_quantized or not self.quantization_config.include_input_output_embeddings:
+            return
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        for name, module in model.named_modules():
+            if module is not None and any(module is end for end in ends):
+                self.skip_reasons.pop(name, None)
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.should_convert(module):
+            return None
+        weight = module.kind != "experts"
+        full_name = f"{module.name}.weight" if weight else module.name
+        config, reason = self._config_of(full_name, module)
+        if config is not None:
+            try:
+                return configs.layout_of(config, module, "weight" if weight else module.name.rpartition(".")[2])
+            except configs.StaysDense as error:
+                reason = str(error)
+        self.skip_reasons[module.name] = reason
+        return None
+
+    def _config_of(self, full_name: str, module: ModuleInfo) -> tuple[Mapping[str, Any] | None, str]:
+        """The configuration of one parameter, or None and why there is none."""
+        own = self.quantization_config
+        kinds = ("linear", "embedding") if own.include_input_output_embeddings else ("linear",)
+        usual = module.kind in kinds
+        if own.quant_type["_type"] not in MANY:
+            return (
+                (own.quant_type, "") if usual else (None, f"torchao quantizes linear layers, not a {module.class_name}")
+            )
+        table = (
+            own.quant_type["_data"].get("fqn_to_config") or own.quant_type["_data"].get("module_fqn_to_config") or {}
+        )
+        key = _key_of(full_name, module.kind, table)
+        if key is None and usual and "_default" in table:
+            key = "_default"
+        if key is None:
+            return None, "the configuration's fqn_to_config does not name it"
+        return (table[key], f"the configuration's fqn_to_config leaves {key!r} dense")
+
+    def file_metadata(self, layouts: Mapping[str, Layout], names: Iterable[str]) -> dict[str, str]:
+        from anybit.weight.layout import join_name
+
+        found: dict[str, str] = {}
+        parts: set[str] = set()
+        for unit, layout in layouts.items():
+            own: Any = layout
+            found[unit if own.name("x").startswith("/") else f"{unit}.{own.parameter}"] = own.record
+            parts |= {join_name(unit, name) for name in layout.specs()}
+        dense = [name for name in names if name not in parts]
+        found.update(dict.fromkeys(dense, json.dumps({"_type": "Tensor"})))
+        return {"format": "pt", **found, "tensor_names": json.dumps(list(found))}
+
+
+def _key_of(full_name: str, kind: str, table: Mapping[str, Any]) -> str | None:
+    """The key of `fqn_to_config` that counts: the exact name of parameter or module, then the first pattern that covers one."""
+    from anybit.quantizers.matching import compiled
+
+    names = (full_name, full_name.rpartition(".")[0])
+    for name in names:
+        if name in table:
+            return name
+    for key in table:
+        if key.startswith("re:") and any(compiled(key[3:]).covers(name) for name in names):
+            return key
+    return None
