@@ -226,3 +226,15 @@ def test_fake_quantized_weights_are_used_as_they_are(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items())
+
+
+def test_dynamic_outputs_are_refused_instead_of_left_out():
+    from anybit import QuarkConfig
+    from anybit.errors import InvalidOption
+    from anybit.quantizers import AutoHfQuantizer
+    from anybit.weight import ModuleInfo
+
+    spec = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": True}
+    config = QuarkConfig(global_quant_config={"weight": {**spec, "is_dynamic": False}, "output_tensors": spec})
+    with pytest.raises(InvalidOption, match="outputs of a.b are quantized dynamically"):
+        AutoHfQuantizer.from_config(config).layout_of(ModuleInfo("a.b", "linear", (8, 8), "float16"), {}, None)

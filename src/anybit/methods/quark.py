@@ -141,6 +141,12 @@ class QuarkHfQuantizer(HfQuantizer):
         )
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        outputs = self.spec_of(module.name, "output_tensors")
+        if outputs is not None and outputs.get("is_dynamic"):
+            raise InvalidOption(
+                f"QuarkConfig: the outputs of {module.name} are quantized dynamically ({outputs.get('dtype')}), which is not "
+                "applied here; only outputs with a stored scale are. Export the model with static output scales"
+            )
         return layouts.layout_of(self, module, stored)
 
 
