@@ -236,3 +236,27 @@ def test_a_checkpoint_is_made_that_the_peer_loads(tmp_path: Path) -> None:
     without = anybit.plan(TINY, GemmaQuantizationConfig())
     reasons = {entry.slot.module: entry.reason for entry in without.entries if entry.action == "dense"}
     assert "quantize_embeddings" in reasons["model.embed_tokens"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_of_gemma_are_multiplied_as_its_class_does(tmp_path: Path, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+    small = Gemma3TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    Gemma3ForCausalLM(small).save_pretrained(tmp_path / "dense")
+    config = GemmaQuantizationConfig(num_bits=8, quantize_embeddings=True, modules_to_not_convert=["lm_head"])
+    plan = anybit.quantize(tmp_path / "dense", tmp_path / "made", config)
+    assert "model.embed_tokens" in {entry.slot.module for entry in plan.entries if entry.action == "quantize"}
+    model: Any = anybit.load(tmp_path / "made", dtype=torch.float32)
+    rows = model.model.embed_tokens.dequantize(torch.float32)[IDS]
+    torch.testing.assert_close(model.model.embed_tokens(IDS), rows * 8.0)
+    with torch.no_grad():
+        if tied:  # which the peer does not load: it ties to a parameter that its quantized table does not have
+            wanted = anybit.load(tmp_path / "dense", dtype=torch.float32)(IDS).logits  # type: ignore[operator]
+            assert (model(IDS).logits - wanted).abs().max() < 0.05 * wanted.abs().max()
+        else:
+            wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)(IDS).logits
+            assert (model(IDS).logits - wanted).abs().max() < 1e-4 * wanted.abs().max()

@@ -178,6 +178,8 @@ def prepare(
     slots = skeleton.slots(model)
     names = Names(model, slots, quantizer.other_names) if quantizer is not None else Names(model, slots)
     if quantizer is not None:
+        if quantizer.pre_quantized:
+            slots.update(skeleton.packed_routers(model, checkpoint.tensors, names.path_of))
         quantizer.attach(model, checkpoint, names.path_of)
         names.state = dict(model.state_dict())
         quantizer.begin(model, list(slots.values()))
@@ -232,7 +234,8 @@ def _most_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _finish(model: Any, plan: Plan, placement: devices.Placement) -> None:
     """Tie weights, and compute buffers that are never stored."""
     for module in model.modules():
-        if isinstance(module, PackedWeight):
+        # a layer may have buffers to compute (Gemma's embed_scale); its weight says for itself that it needs nothing
+        if isinstance(module, PackedWeight) and not module._non_persistent_buffers_set:
             module._is_hf_initialized = True  # type: ignore[assignment]
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = True
