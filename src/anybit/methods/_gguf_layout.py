@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from anybit._lazy import torch
 from anybit.errors import CorruptFile, NotRepresentable
 from anybit.methods._gguf_blocks import PACK, UNPACK
-from anybit.methods._gguf_grids import points
 from anybit.weight.block_types import BY_NAME, BlockType
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codebook, Codes, Columns, Grid, Node, Permute, Scaled, Values, tensors_of
@@ -23,6 +22,8 @@ from anybit.weight.weight import Weight, row_chunks
 if TYPE_CHECKING:
     from torch import Tensor
 
+# how llama.cpp rounds without a search, by type
+RULES = {"Q4_0": "largest", "Q5_0": "largest", "Q4_1": "range", "Q5_1": "range", "Q8_0": "amax"}
 CHUNK = 1 << 19  # weights converted at once
 Leaves = Mapping[str, "Tensor"]
 TREES: dict[str, Callable[[Leaves], Node]] = {}
@@ -177,7 +178,8 @@ class GgufLayout(Layout):
                 )
 
     def algorithm_options(self) -> dict[str, object]:
-        return {"rule": self.encoding}
+        """Of the types that need nothing but the weight."""
+        return {"rule": RULES[self.encoding]}
 
 
 @functools.lru_cache(maxsize=64)
@@ -237,36 +239,36 @@ def _nested(
     return tree
 
 
-def _points(bits: int, wide: int, sign_bits: int, block: int, levels: str) -> Callable[[Leaves], Node]:
+def _points(table: str, bits: int, wide: int, sign_bits: int, block: int, levels: str) -> Callable[[Leaves], Node]:
     """Points of a table for `wide` elements, signs (a bit each, or 7 bits for 8), scales of four bits."""
 
     def tree(f: Leaves) -> Node:
         signs: Node = _of(f["signs"], sign_bits)
         if sign_bits == 7:
-            signs = Codebook(signs, f["signs_table"], (1, 8))
+            signs = Codebook(signs, "even_signs", (1, 8))
         scale = _scales(f, 4, 256 // block, levels=levels)
-        return Codebook(_of(f["q"], bits), f["table"], (1, wide), scale, signs, (1, block))
+        return Codebook(_of(f["q"], bits), table, (1, wide), scale, signs, (1, block))
 
     return tree
 
 
 def _iq1_s(f: Leaves) -> Node:
     """d * (2 sc + 1) * (point + shift): the point is a code of its own, the shift a zero of -1/8 or 1/8."""
-    point = Codebook(_of(f["q"], 11), f["table"], (1, 8))
+    point = Codebook(_of(f["q"], 11), "iq1", (1, 8))
     zero = Grid(_of(f["shift"], 1), levels="eighth")
     return Grid(point, scale=_scales(f, 3, 8, levels="odd"), zero=zero, block=(1, 32))
 
 
 def _iq1_m(f: Leaves) -> Node:
     """As IQ1_S, but a shift for every point: the table has each point twice, shifted up and down."""
-    return Codebook(_of(f["q"], 12), f["table"], (1, 8), _scales(f, 3, 16, levels="odd"), None, (1, 16))
+    return Codebook(_of(f["q"], 12), "iq1_shifted", (1, 8), _scales(f, 3, 16, levels="odd"), None, (1, 16))
 
 
 def _tq1_0(f: Leaves) -> Node:
     """A byte is five digits (of the last four bytes, four), which lie 32, 16 or 4 elements apart."""
     fives, fours = (
-        Codebook(_of(f["fives"], 8), f["table"], (1, 5)),
-        Codebook(_of(f["fours"], 8), f["signs_table"], (1, 4)),
+        Codebook(_of(f["fives"], 8), "base3_5", (1, 5)),
+        Codebook(_of(f["fours"], 8), "base3_4", (1, 4)),
     )
     digits = Permute(Columns((fives, fours)), f["index"])
     return Grid(digits, scale=Values(f["d"]), levels="from_minus_one", block=(1, 256))
@@ -293,47 +295,20 @@ TREES.update({
     "Q3_K": _nested(3, 6, 16, signed=True),
     "Q6_K": _nested(6, 8, 16, signed=True),
     "IQ4_XS": _nested(4, 6, 32, levels="iq4_nl"),
-    "IQ2_XXS": _points(8, 8, 7, 32, "odd_eighths"),
-    "IQ2_XS": _points(9, 8, 7, 16, "odd_eighths"),
-    "IQ2_S": _points(10, 8, 1, 16, "odd_eighths"),
-    "IQ3_XXS": _points(8, 4, 7, 32, "odd_quarters"),
-    "IQ3_S": _points(9, 4, 1, 32, "odd"),
+    "IQ2_XXS": _points("iq2_xxs", 8, 8, 7, 32, "odd_eighths"),
+    "IQ2_XS": _points("iq2_xs", 9, 8, 7, 16, "odd_eighths"),
+    "IQ2_S": _points("iq2_s", 10, 8, 1, 16, "odd_eighths"),
+    "IQ3_XXS": _points("iq3_xxs", 8, 4, 7, 32, "odd_quarters"),
+    "IQ3_S": _points("iq3_s", 9, 4, 1, 32, "odd"),
     "IQ1_S": _iq1_s,
     "IQ1_M": _iq1_m,
 })  # fmt: skip
-
-_POINTS = {
-    "IQ2_XXS": "iq2_xxs", "IQ2_XS": "iq2_xs", "IQ2_S": "iq2_s", "IQ3_XXS": "iq3_xxs", "IQ3_S": "iq3_s", "IQ1_S": "iq1",
-    "IQ1_M": "iq1",
-}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
 def constants(encoding: str, columns: int, device: str) -> dict[str, Tensor]:
     """Tensors of a type's trees that are the same in every file. Shared: never write into them."""
-    found: dict[str, Tensor] = {}
-    if encoding in _POINTS:
-        table = points(_POINTS[encoding])
-        if encoding == "IQ1_M":
-            table = torch.cat([table.half() + 0.125, table.half() - 0.125])
-        found["table"] = table[None, :, None, :]
-    if encoding in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS"):
-        found["signs_table"] = _even_signs()
-    if encoding == "TQ1_0":
-        found = {"table": _digits(5), "signs_table": _digits(4), "index": _digit_places(columns)}
-    return {name: tensor.to(device) for name, tensor in found.items()}
-
-
-def _even_signs() -> Tensor:
-    """uint8 [1, 128, 1, 8]: the bits of a number, and their parity."""
-    bits = (torch.arange(128)[:, None] >> torch.arange(7)) & 1
-    return torch.cat([bits, bits.sum(1, keepdim=True) & 1], 1).to(torch.uint8)[None, :, None, :]
-
-
-def _digits(count: int) -> Tensor:
-    """uint8 [1, 256, 1, count]: digits in base 3 of byte / 256, first one first."""
-    powers = 3 ** torch.arange(count)
-    return ((torch.arange(256)[:, None] * powers % 256 * 3) >> 8).to(torch.uint8)[None, :, None, :]
+    return {"index": _digit_places(columns).to(device)} if encoding == "TQ1_0" else {}
 
 
 def _digit_places(columns: int) -> Tensor:

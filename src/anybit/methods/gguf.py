@@ -28,6 +28,7 @@ LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}$")
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 # types with a rule of rounding that needs nothing but the weight
 CREATED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+DEFAULT = "Q8_0"
 
 
 @register_quantization_config("gguf")
@@ -35,7 +36,8 @@ CREATED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 class GgufConfig(QuantizationConfigMixin):
     """The file says everything else. `gguf_file` is its name; of several shards, the first one's.
 
-    `block_type` and `modules_to_not_convert` count when a dense model is quantized: all its linear layers get that type.
+    `block_type` and `modules_to_not_convert` count when a dense model is quantized: all its linear layers get that type
+    (default Q8_0).
     """
 
     gguf_file: str | None = None
@@ -126,13 +128,14 @@ class GgufHfQuantizer(HfQuantizer):
         from anybit.methods._gguf_layout import GgufLayout
         from anybit.weight.block_types import BY_NAME
 
-        encoding = self.quantization_config.block_type
-        if encoding is None:
-            raise ConfigError(
-                f"quantizing to gguf needs a block type: GgufConfig(block_type=...), one of {', '.join(CREATED)}"
-            )
+        encoding = self.quantization_config.block_type or DEFAULT
         if not self.should_convert(module):
             return None
+        if module.kind == "embedding":
+            self.skip_reasons[module.name] = "embeddings stay dense"
+            return None
+        if self.quantization_config.block_type is None:
+            self.decide(f"the configuration names no block_type: {DEFAULT}", module.name)
         if module.shape[-1] % BY_NAME[encoding].elements:
             self.skip_reasons[module.name] = (
                 f"its rows of {module.shape[-1]} weights are not whole blocks of {BY_NAME[encoding].elements}"

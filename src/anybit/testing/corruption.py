@@ -89,7 +89,10 @@ class Corrupted:
                     part.layout.decode({name: checkpoint.read(info.name) for name, info in part.stored.items()})
 
     def named_in(self, message: str) -> bool:
-        return any(name and name in message for name in (self.name, self.full_name, self.new_name))
+        names = [self.name, self.full_name, self.new_name]
+        if len(self.unit.tensors) == 1:  # without it nothing is left of the weight but its name
+            names.append(join_name(self.unit.name, "weight"))
+        return any(name and name in message for name in names)
 
 
 class _Altered:

@@ -144,13 +144,15 @@ def _orders(index: Tensor, generator: Generator) -> Tensor:
 
 
 def _codebook(node: nodes.Codebook, generator: Generator) -> Node:
-    entries = node.tables.shape[-3]
+    entries = node.books().shape[-3]
     codes = (
         _codes(node.codes, generator, entries)
         if isinstance(node.codes, nodes.Codes)
         else random_node(node.codes, generator)
     )
-    tables = torch.randn(node.tables.shape, generator=generator).to(node.tables.dtype)
+    tables = node.tables
+    if not isinstance(tables, str):
+        tables = torch.randn(tables.shape, generator=generator).to(tables.dtype)
     parts: dict[str, Any] = {
         name: random_node(part, generator) for name in ("scale", "signs") if (part := getattr(node, name)) is not None
     }

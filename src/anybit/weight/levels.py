@@ -116,7 +116,7 @@ def table(name: str, device: str = "cpu") -> Tensor:
     elif name in _FRACTIONS:
         values = torch.tensor(_FRACTIONS[name], dtype=torch.float32)
     elif name == "ue4m3":
-        values = torch.tensor(_minifloat(4, 3)[:127] + [0.0], dtype=torch.float32).repeat(2)
+        values = torch.tensor([*_minifloat(4, 3)[:127], 0.0], dtype=torch.float32).repeat(2)
         values[255] = 480.0  # only 0x7F itself is read as 0
     elif name in _TORCH_FLOAT8:
         values = torch.arange(256, dtype=torch.uint8).view(getattr(torch, _TORCH_FLOAT8[name])).to(torch.float32)

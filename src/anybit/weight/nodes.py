@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import torch
 from anybit.weight import levels as tables
-from anybit.weight import packing
+from anybit.weight import packing, points
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +95,10 @@ def map_nodes(node: Node, change: Callable[[Node], Node | None]) -> Node:
         elif isinstance(value, tuple) and value and isinstance(value[0], Node):
             below[field.name] = tuple(map_nodes(part, change) for part in value)
     return replace(node, **below)
+
+
+def _device(node: Node) -> torch.device:
+    return tensors_of(node)[0].device
 
 
 def tensors_of(node: Node) -> list[Tensor]:
@@ -309,11 +313,11 @@ class Codebook(Node):
     """sum_k tables[k][code_k] * sign * scale, where one code names a tile of `vector` (rows, columns) weights.
 
     `codes` [rows / vector[0], columns / vector[1] * K], the K codes of a tile side by side. `tables` [K, entries, *vector],
-    stored or the name of a fixed table. `signs`: one bit per weight, 1 = negative. `scale` per `block`, as in `Grid`.
+    stored or the name of a fixed one (points.py). `signs`: one bit per weight, 1 = negative. `scale` per `block`, as in `Grid`.
     """
 
     codes: Node
-    tables: Tensor
+    tables: Any  # Tensor | str
     vector: tuple[int, int]
     scale: Node | None = None
     signs: Node | None = None
@@ -323,17 +327,26 @@ class Codebook(Node):
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, rows, columns = self.codes.shape
-        books = self.tables.shape[-4]
-        return (*lead, rows * self.vector[0], columns // books * self.vector[1])
+        return (*lead, rows * self.vector[0], columns // self.count * self.vector[1])
+
+    @property
+    def count(self) -> int:
+        """K, the number of tables."""
+        return 1 if isinstance(self.tables, str) else self.tables.shape[-4]
+
+    def books(self) -> Tensor:
+        """The tables themselves."""
+        return points.table(self.tables, str(_device(self.codes))) if isinstance(self.tables, str) else self.tables
 
     def select(self, expert: int) -> Node:
         chosen: Codebook = super().select(expert)  # type: ignore[assignment]
-        return replace(chosen, tables=self.tables[expert]) if self.tables.dim() == 5 else chosen
+        stacked = not isinstance(self.tables, str) and self.tables.dim() == 5
+        return replace(chosen, tables=self.tables[expert]) if stacked else chosen
 
     def region(self, rows: slice, columns: slice) -> Tensor:
         dtype = getattr(torch, self.compute)
         high, wide = self.vector
-        books = self.tables.shape[0]
+        tables, books = self.books(), self.count
         first_row, first_column = rows.start // high, columns.start // wide
         own_rows = slice(first_row, -(-rows.stop // high))
         own_columns = slice(first_column * books, -(-columns.stop // wide) * books)
@@ -344,9 +357,9 @@ class Codebook(Node):
             else source.region(own_rows, own_columns)
         )
         codes = codes.to(torch.int64).view(codes.shape[0], -1, books)
-        total = self.tables[0].to(dtype)[codes[..., 0]]
+        total = tables[0].to(dtype)[codes[..., 0]]
         for book in range(1, books):
-            total = total + self.tables[book].to(dtype)[codes[..., book]]
+            total = total + tables[book].to(dtype)[codes[..., book]]
         tiles_down, tiles_across = total.shape[:2]
         numbers = total.permute(0, 2, 1, 3).reshape(tiles_down * high, tiles_across * wide)
         numbers = numbers[rows.start - first_row * high :, columns.start - first_column * wide :]

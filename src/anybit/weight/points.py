@@ -1,7 +1,15 @@
-"""The lattice points of llama.cpp's i-quants: fixed tables, chosen by their author (Iwan Kawrakow; llama.cpp, MIT license).
+"""Named tables of vectors: what a code of a `Codebook` stands for. Constants of the library, never stored per module.
 
-A point is a 16-bit word of 2- or 3-bit indices into the values of its table, first element lowest; points are stored as
-base85 of zlib of those words. `points` gives them as a tensor.
+name                                entries x vector
+iq2_xxs, iq2_xs, iq2_s     256, 512, 1024 x (1, 8)   lattice points of llama.cpp's i-quants, chosen by their author (Iwan
+iq3_xxs, iq3_s                   256, 512 x (1, 4)   Kawrakow; llama.cpp, MIT license)
+iq1                                  2048 x (1, 8)
+iq1_shifted                          4096 x (1, 8)   iq1 + 1/8, then iq1 - 1/8
+even_signs                            128 x (1, 8)   the seven bits of the code and their parity
+base3_5, base3_4                256 x (1, 5), (1, 4)  digits in base 3 of code / 256, first one first
+
+A lattice point is stored as a 16-bit word of 2- or 3-bit indices into the values of its table, first element lowest; the
+words of a table as base85 of their zlib.
 """
 
 from __future__ import annotations
@@ -128,12 +136,28 @@ _WORDS = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=16)
-def points(name: str) -> Tensor:
-    """int8 [points, elements of one]. Shared: never write into it."""
+def _lattice(name: str) -> Tensor:
     values = torch.tensor(_VALUES[name], dtype=torch.int8)
     bits = 2 if len(values) <= 4 else 3
     raw = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(_WORDS[name]))), dtype=torch.uint8)
     words = raw[0::2].to(torch.int64) | (raw[1::2].to(torch.int64) << 8)
     index = (words[:, None] >> torch.arange(0, bits * _PER_POINT[name], bits)) & ((1 << bits) - 1)
     return values[index]
+
+
+@functools.lru_cache(maxsize=64)
+def table(name: str, device: str = "cpu") -> Tensor:
+    """The table called `name`, [1, entries, rows, columns]. Shared: never write into it. KeyError if unknown."""
+    if name in _WORDS:
+        entries = _lattice(name)
+    elif name == "iq1_shifted":
+        entries = torch.cat([_lattice("iq1").half() + 0.125, _lattice("iq1").half() - 0.125])
+    elif name == "even_signs":
+        bits = (torch.arange(128)[:, None] >> torch.arange(7)) & 1
+        entries = torch.cat([bits, bits.sum(1, keepdim=True) & 1], 1).to(torch.uint8)
+    elif name in ("base3_5", "base3_4"):
+        powers = 3 ** torch.arange(int(name[-1]))
+        entries = ((torch.arange(256)[:, None] * powers % 256 * 3) >> 8).to(torch.uint8)
+    else:
+        raise KeyError(f"no table of vectors is called {name!r}")
+    return entries[None, :, None, :].to(device)
