@@ -265,6 +265,21 @@ def test_inputs_with_gaps(level: str, batch: int) -> None:
 
 
 @needs_library
+def test_sizes_that_do_not_fit_are_errors() -> None:
+    kernel = get("cpu")
+    spec, tensors = kernel.prepare(Weight(plain(9, 64)))
+    with pytest.raises(RuntimeError, match="64 columns"):
+        kernel.linear(torch.ones(1, 63), spec, tensors, None)
+    with pytest.raises(RuntimeError, match="9 outputs"):
+        kernel.linear(torch.ones(1, 64), spec, tensors, torch.ones(8))
+    for row in (-1, 9):
+        with pytest.raises(IndexError):
+            kernel.take_rows(torch.tensor([0, row]), spec, tensors)
+    with pytest.raises(ValueError, match="columns outside 0"):
+        kernel.prepare(Weight(nodes.Permute(plain(9, 64), torch.full((64,), 64, dtype=torch.int32))))
+
+
+@needs_library
 def test_experts_touch_only_what_is_routed(level: str) -> None:
     experts, rows, columns = 4, 10, 96
     stacked = nodes.Grid(

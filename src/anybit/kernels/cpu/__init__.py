@@ -85,6 +85,7 @@ class CpuGrid(Kernel):
         form = _form(spec)
         if form.rule is not None:
             return super().experts(x, ends, spec, tensors)
+        form.program.check(x)
         y = torch.empty(x.shape[0], form.program.rows, dtype=x.dtype)
         start = 0
         for expert, stop in enumerate(ends.tolist()):
@@ -143,11 +144,21 @@ class Program:
     columns: int
 
     def linear(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        self.check(x)
         y = torch.empty(x.shape[0], self.rows, dtype=dtype if dtype in native.KINDS else torch.float32)
         if bias is not None:
+            if bias.shape != (self.rows,):
+                raise RuntimeError(f"a bias of shape {tuple(bias.shape)} for {self.rows} outputs")
             bias = _readable(bias.detach()).contiguous()
         self.into(_readable(x), tensors, bias, y)
         return y if y.dtype == dtype else y.to(dtype)
+
+    def check(self, x: Tensor) -> None:
+        """Native code believes what it is told, so sizes are compared here, as torch does it in a product."""
+        if x.shape[1] != self.columns or x.device.type != "cpu":
+            raise RuntimeError(
+                f"an input of shape {tuple(x.shape)} on {x.device} does not fit a weight of {self.columns} columns on the CPU"
+            )
 
     def into(
         self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
@@ -212,6 +223,8 @@ class Leaf(Program):
 
     def take_rows(self, index: Tensor, tensors: list[Tensor]) -> Tensor:
         index = index.to(torch.int64).contiguous()
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.rows:
+            raise IndexError(f"rows {int(index.min())} .. {int(index.max())} of a weight with {self.rows}")
         out = torch.empty(len(index), self.codes_columns)
         native.decode(self.shape, self.pointers(tensors, 0), out, index=index)
         return out if self.order is None else self.in_order_of_inputs(out, tensors)

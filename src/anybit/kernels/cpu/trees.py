@@ -134,6 +134,8 @@ def _grid_of(tree: Node, space: Workspace) -> Grid:
         case nodes.Grid():
             return _plain(tree, space)
         case nodes.Permute(child=nodes.Grid(group_index=None) as child, index=index):
+            if not space.meta and not bool(((index >= 0) & (index < child.shape[-1])).all()):
+                raise ValueError(f"an order of columns that names columns outside 0 .. {child.shape[-1] - 1}")
             order = space.add(index.to(torch.int32))
             return replace(_plain(child, space), permutation=order)
         case nodes.Crop(child=nodes.Grid(group_index=None) | nodes.View() as child, rows=rows, columns=columns):
@@ -158,8 +160,17 @@ def _plain(node: nodes.Grid, space: Workspace) -> Grid:
     for name in ("scale", "zero", "offset"):
         part = getattr(node, name)
         if part is not None:
+            _check_extent(part, name, rows, columns, node.block, width if node.group_index is not None else None)
             setattr(grid, name, _parameter(part, name, node.block[0], space, select))
     return grid
+
+
+def _check_extent(part: Node, name: str, rows: int, columns: int, block: tuple[int, int], groups: int | None) -> None:
+    """Native code believes what it is told: a parameter has a value for every block, or one for all."""
+    high, wide = part.shape[-2:]
+    down, across = -(-rows // block[0]), groups if groups is not None else -(-columns // block[1])
+    if high not in (1, down) or wide not in (1, across):
+        raise Refused(f"a {name} of {high} x {wide} values for {down} x {across} blocks")
 
 
 def _compute(node: nodes.Grid) -> int:
@@ -192,6 +203,8 @@ def _codes(node: nodes.Grid, space: Workspace) -> tuple[int, int, Slot, Slot | N
     elif isinstance(own, nodes.Codes):
         if own.bits > 8:
             raise Refused(f"codes of {own.bits} bits; 1 to 8 are read")
+        if own.packed.shape[-1] != row_bytes(own.columns, own.bits):
+            raise Refused(f"{own.packed.shape[-1]} bytes a row for {own.columns} codes of {own.bits} bits")
         slot, bits, signed, packed = space.own_slot(own.packed, own.packed.dim() == 3), own.bits, own.signed, own.packed
     else:
         raise Refused(f"codes that are a {type(own).__name__}")
@@ -289,6 +302,8 @@ def _in_runs(node: nodes.Grid, grid: Grid, groups: int, space: Workspace) -> Cal
     index = node.group_index.long()
     counts = torch.bincount(index, minlength=groups)
     size, last = int(counts.max()), int(index.max())
+    if last >= groups:
+        raise ValueError(f"a group index that names group {last} of {groups}")
     select = None
     if size % 8 == 0 and bool((counts[:last] == size).all()):
         order = torch.argsort(index, stable=True)
@@ -356,6 +371,8 @@ def _viewed(child: nodes.Grid, rows: int, columns: int, space: Workspace) -> Gri
     high, width = child.shape[-2:]
     if (high > 1 and width * bits % 8) or (rows > 1 and columns * bits % 8):
         raise Refused(f"rows of {columns} {bits}-bit codes in rows of {width}: they do not start on a byte")
+    if rows * columns > high * width:
+        raise Refused(f"a view of {rows} x {columns} weights over {high} x {width}")
     grid = Grid(rows, columns, columns * bits // 8 if rows > 1 else row_bytes(columns, bits), bits, kind, columns,
                 _compute(child), codes, columns, table)  # fmt: skip
     sizes: set[int] = set()
@@ -368,6 +385,10 @@ def _viewed(child: nodes.Grid, rows: int, columns: int, space: Workspace) -> Gri
             setattr(grid, name, Parameter(own_kind, slot, _ONE_FOR_ALL, 0, 1, inverted, negated))
             continue
         size = _run_length(child, shape)
+        if size * shape[-2] * shape[-1] < rows * columns:
+            raise Refused(
+                f"a {name} of {shape[-2] * shape[-1]} values for {rows * columns} weights in blocks of {size}"
+            )
         sizes.add(size)
         if columns % size == 0:
             width_here = columns // size
