@@ -7,13 +7,24 @@ W = (tables2[pair of codes] * scale) rotated back by the normalised Sylvester ma
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
+from anybit.errors import NotRepresentable, ShapeMismatch
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_names, check_objects, check_positive, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _higgs_layout as layouts
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    layouts = LazyModule("anybit.methods._higgs_layout")
+
+HALVES = ("float16", "bfloat16", "float32")
 
 
 @register_quantization_config("higgs")
@@ -45,4 +56,71 @@ class HiggsConfig(QuantizationConfigMixin):
 
 @register_quantizer("higgs")
 class HiggsHfQuantizer(HfQuantizer):
-    """HIGGS's layout."""
+    """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie."""
+
+    requires_calibration = True  # not in truth: anybit reads HIGGS and has no algorithm yet that makes it
+    layouts_available = True
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        if not {"tables", "tables2"} & set(stored):
+            return None
+        if module.kind != "linear":
+            raise NotRepresentable(f"{module.name} is a packed {module.kind}; HIGGS's layout is one of linear layers")
+        config = self.quantization_config
+        tuned = self._tuned(module.name)
+
+        def dtype(name: str) -> str:
+            found = stored.get(name)
+            return found.dtype if found is not None and found.dtype in HALVES else "float16"
+
+        label = meant = dtype("tables2")
+        is_doubtful = label == "float16" and "tables2" in stored and "bfloat16" in (dtype("scales"), _dtype_of(tuned))
+        if is_doubtful and layouts.are_bfloat16_bits(peek("tables2")):
+            meant = "bfloat16"
+            self.decide("tables2 is labelled float16 but holds bfloat16 numbers; read as such", module.name)
+        layout = layouts.HiggsLayout(
+            module.shape,
+            module.dtype,
+            config.bits,
+            config.group_size,
+            config.hadamard_size,
+            self._tile(module.name, tuned),
+            dtype("scales"),
+            dtype("tables"),
+            meant,
+            label,
+        )
+        if module.shape[0] % layout.together:
+            raise ShapeMismatch(
+                f"{module.name} has {module.shape[0]} outputs; {config.bits}-bit codes in tiles of {layout.tile} are stored "
+                f"{layout.together} outputs together. tune_metadata (template_id) and tensors contradict each other"
+            )
+        return layout
+
+    def _tuned(self, name: str) -> Mapping[str, Any]:
+        tuned = self.quantization_config.tune_metadata.get(name)
+        if not isinstance(tuned, Mapping) or not isinstance(tuned.get("template_id"), int):
+            raise NotRepresentable(
+                f"{name} is stored packed, but tune_metadata of config.json has no template_id for it, which alone tells the "
+                "order of its codes. Restore tune_metadata from the tool that wrote the checkpoint"
+            )
+        return tuned
+
+    def _tile(self, name: str, tuned: Mapping[str, Any]) -> int:
+        """TileP of FLUTE's template, by the table of flute-kernel 0.4.2."""
+        bits, template = self.quantization_config.bits, tuned["template_id"]
+        if tuned.get("num_bits", bits) != bits:
+            raise ShapeMismatch(
+                f"tune_metadata of {name} is for {tuned['num_bits']} bits, the configuration says {bits}; one of them is wrong"
+            )
+        tile = 64 if template // (16 if bits == 4 else 4) % 3 == 0 else 32
+        if template < 0 or (bits == 3 and tile == 64):
+            raise NotRepresentable(
+                f"{name}: template_id {template} is none whose order of {bits}-bit codes is known (flute-kernel 0.4.2). "
+                "Repack the checkpoint with that version"
+            )
+        return tile
+
+
+def _dtype_of(tuned: Mapping[str, Any]) -> str:
+    return str(tuned.get("dtype")).removeprefix("torch.")
