@@ -6,14 +6,22 @@ four halves), row_offsets int32, col_vals int32 (column, float16 value), in_perm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from anybit._lazy import LazyModule
+from anybit.errors import NotRepresentable
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_names, check_type, parameter_owners
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _spqr_layout as layouts
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    layouts = LazyModule("anybit.methods._spqr_layout")
 
 
 @register_quantization_config("spqr")
@@ -41,9 +49,30 @@ class SpQRConfig(QuantizationConfigMixin):
 
 @register_quantizer("spqr")
 class SpQRHfQuantizer(HfQuantizer):
-    """SpQR's layout."""
+    """SpQR's layout. What is quantized is told by the stored tensors: `dense_weights` or `weight`."""
 
     requires_calibration = True
+    layouts_available = False
 
     def skipped_modules(self) -> Sequence[str] | None:
         return parameter_owners(self.quantization_config.modules_to_not_convert)
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        if not {"dense_weights", "col_vals"} & set(stored):
+            return None
+        if module.kind != "linear":
+            raise NotRepresentable(f"{module.name} is a packed {module.kind}; SpQR's layout is one of linear layers")
+        rows, columns = module.shape
+        if rows % layouts.TILE or columns % layouts.TILE or columns > 1 << 15:
+            raise NotRepresentable(
+                f"{module.name} has shape {module.shape}; SpQR is read in whole tiles of {layouts.TILE} x {layouts.TILE} (the "
+                "last tile of other shapes lacks scales) and up to 32768 inputs (columns of outliers are 16-bit numbers)"
+            )
+        offsets, outliers, order = (stored.get(name) for name in ("row_offsets", "col_vals", "in_perm"))
+        return layouts.SpqrLayout(
+            module.shape,
+            module.dtype,
+            outliers.shape[0] if outliers is not None and len(outliers.shape) == 1 else 0,
+            offsets is not None and tuple(offsets.shape) == (rows // layouts.TILE + 1,),
+            "absent" if order is None else "empty" if tuple(order.shape) == (0,) else "stored",
+        )

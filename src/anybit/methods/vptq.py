@@ -7,14 +7,24 @@ outlier_indices, perm int16 [in], weight_scale and weight_bias [in] (or [out] wh
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import ConfigError, located
+from anybit._lazy import LazyModule
+from anybit.errors import ConfigError, NotRepresentable, ShapeMismatch, located
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_names, check_objects, check_type, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
+
+if TYPE_CHECKING:
+    from anybit.methods import _vptq_layout as layouts
+    from anybit.weight.layout import Layout, ModuleInfo
+else:  # needed for tensors, not to select the backend
+    layouts = LazyModule("anybit.methods._vptq_layout")
+
+NUMBERS = ("float16", "bfloat16", "float32")
 
 
 def _absent() -> list[int]:
@@ -85,3 +95,81 @@ class VptqHfQuantizer(HfQuantizer):
     """VPTQ's layout."""
 
     requires_calibration = True
+    layouts_available = False
+
+    def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        if not {"indices", "centroids.weight"} & set(stored):
+            return None
+        settings = self.quantization_config.layer(module.name)
+        if settings is None:
+            raise NotRepresentable(
+                f"{module.name} is stored packed, but neither config_for_layers nor shared_layer_config of config.json says how. "
+                "Restore its entry from the tool that wrote the checkpoint"
+            )
+        if module.kind != "linear":
+            raise NotRepresentable(f"{module.name} is a packed {module.kind}; VPTQ's layout is one of linear layers")
+        numbers = stored.get("centroids.weight")
+        return _layout(
+            module, settings, numbers.dtype if numbers is not None and numbers.dtype in NUMBERS else "float16"
+        )
+
+
+def _layout(module: ModuleInfo, settings: VptqLayerConfig, number_dtype: str) -> layouts.VptqLayout:
+    """What an entry of the configuration says; refused where VPTQ's own reader would not understand it."""
+    rows, columns = module.shape
+    for name, own in (("in_features", columns), ("out_features", rows)):
+        if getattr(settings, name) not in (-1, own):
+            raise ShapeMismatch(
+                f"{module.name} has shape {module.shape}, its entry in config.json {name}={getattr(settings, name)}"
+            )
+    (outlier_vector, vector), (outlier_entries, entries) = settings.vector_lens, settings.num_centroids
+    outlier_residuals, residuals = settings.num_res_centroids
+    outliers = settings.outlier_size
+    has_outliers = outliers > 0
+    problem = None
+    if vector < 1 or not _is_table(entries) or (residuals > 0 and not _is_table(residuals)):
+        problem = (
+            f"vectors of {vector} from {entries} and {residuals} centroids; numbers of centroids are powers of two"
+        )
+    elif (entries - 1).bit_length() + (max(residuals, 1) - 1).bit_length() > 32 or entries > 1 << 24:
+        problem = f"{entries} and {residuals} centroids, whose indices take more than 32 bits"
+    elif has_outliers and (outlier_vector < 1 or not 0 < outlier_entries <= 65536):
+        problem = f"{outliers} outlier columns with vectors of {outlier_vector} from {outlier_entries} centroids"
+    elif outlier_residuals > 0:
+        problem = "residual centroids of outlier columns"
+    elif settings.group_num < 1 or (columns - max(outliers, 0)) % settings.group_num:
+        problem = f"{settings.group_num} groups of {columns - max(outliers, 0)} columns"
+    elif settings.enable_perm and columns > 65536:
+        problem = "a permutation of more than 65536 inputs"
+    elif settings.extra_fields.get("vector_quant_dim", "out") != "out":
+        problem = f"vectors along {settings.extra_fields['vector_quant_dim']!r}"
+    elif settings.extra_fields.get("norm_dim", 0) not in (0, 1):
+        problem = f"norm_dim {settings.extra_fields['norm_dim']!r}"
+    if problem is not None:
+        raise NotRepresentable(
+            f"{module.name}: its entry in config.json says {problem}; VPTQ's files have no form for it"
+        )
+    layout = layouts.VptqLayout(
+        module.shape,
+        module.dtype,
+        vector,
+        entries,
+        max(residuals, 0),
+        settings.group_num,
+        max(outliers, 0),
+        outlier_vector if has_outliers else 0,
+        outlier_entries if has_outliers else 0,
+        settings.extra_fields.get("norm_dim", 0) if settings.enable_norm else None,
+        settings.enable_perm,
+        number_dtype,
+    )
+    if settings.group_size not in (-1, layout.group_size):
+        raise ShapeMismatch(
+            f"{module.name}: {columns} inputs less {layout.outliers} outliers make {layout.groups} groups of "
+            f"{layout.group_size}, its entry in config.json says group_size={settings.group_size}"
+        )
+    return layout
+
+
+def _is_table(entries: int) -> bool:
+    return entries > 1 and entries & (entries - 1) == 0
