@@ -30,7 +30,10 @@ struct HalfTile {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
   }
   static void pack(const float* from, uint32_t* to, int64_t words) {
-    for (int64_t i = 0; i < 2 * words; i += LANES) f_store_bf16((uint16_t*)to + i, f_load(from + i));
+    for (int64_t i = 0; i < words; i += LANES) {
+      const __m512bh halves = _mm512_cvtne2ps_pbh(f_load(from + 2 * i + LANES), f_load(from + 2 * i));
+      _mm512_storeu_si512(to + i, (__m512i)halves);
+    }
   }
 };
 #endif
