@@ -253,6 +253,38 @@ def test_experts_stacked_under_one_name(tmp_path: Path, mode: str) -> None:
     assert torch.allclose(logits(tmp_path / "again"), wanted, atol=1e-5)
 
 
+def test_a_router_may_be_packed_too(tmp_path: Path) -> None:
+    """mlx-lm keeps routers in 8 bits; transformers' router is a class of its own, not a linear layer."""
+    make_experts(tmp_path / "dense")
+    config = anybit.MetalConfig(bits=4, group_size=32, mode="affine")
+    anybit.quantize(tmp_path / "dense", tmp_path / "apart", config)
+    folder, name = tmp_path / "packed", "model.layers.0.mlp.gate"
+    shutil.copytree(tmp_path / "apart", folder)
+    tensors = load_file(folder / "model.safetensors")
+    layout = MetalLayout((3, 64), "float32", 8, 64, "float32", "biases")
+    dense = tensors.pop(f"{name}.weight")
+    router = algorithms.get("rtn")(dense, layout.scheme(), **layout.algorithm_options())
+    tensors.update({f"{name}.{part}": tensor for part, tensor in layout.encode(router).items()})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    found = json.loads((folder / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        found[key][name] = {"group_size": 64, "bits": 8}
+    (folder / "config.json").write_text(json.dumps(found))
+    model: Any = anybit.load(folder)
+    entry = next(entry for entry in model.anybit_plan.entries if entry.slot.module == name)
+    assert (entry.action, entry.slot.kind, entry.bits_per_weight) == ("packed", "router", 9.0)
+    plain = load_file(tmp_path / "apart" / "model.safetensors")
+    plain[f"{name}.weight"] = router.to_dense(torch.float32)
+    save_file(plain, tmp_path / "apart" / "model.safetensors")
+    assert torch.allclose(logits(folder), logits(tmp_path / "apart"), atol=1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(saved[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in tensors.items())
+    model.dequantize()
+    model.save_pretrained(tmp_path / "again")
+    assert torch.allclose(logits(tmp_path / "again"), logits(folder), atol=1e-5)
+
+
 def test_dense_stacked_experts_beside_quantized_layers(tmp_path: Path) -> None:
     make_experts(tmp_path / "dense")
     settings = {"bits": 4, "group_size": 32, "mode": "affine"}

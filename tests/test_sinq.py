@@ -274,3 +274,24 @@ def test_a_second_scale_is_needed(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(ShapeMismatch, match=r"up_proj\.meta\.scale2"):
         anybit.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("tiling", ["1D", "2D"])
+def test_experts_are_packed_where_they_are_stored_one_by_one(tmp_path: Path, tiling: str) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = Qwen3MoeConfig(
+        hidden_size=64, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=64,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(small).save_pretrained(tmp_path / "dense")
+    plan = anybit.quantize(tmp_path / "dense", tmp_path / "made", SinqConfig(8, 32, tiling))
+    experts = "model.layers.0.mlp.experts"
+    packed = {entry.slot.module for entry in plan.entries if entry.action == "quantize"}
+    assert {f"{experts}.gate_up_proj", f"{experts}.down_proj"} <= packed
+    wanted = logits(tmp_path / "dense")
+    assert (logits(tmp_path / "made") - wanted).abs().max() < 0.05 * wanted.abs().max()
+    anybit.load(tmp_path / "made").save_pretrained(tmp_path / "again")
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("made", "again")]
+    assert f"{experts}.3.up_proj.W_q" in stored[0]
+    assert same_tensors(stored[1], stored[0])

@@ -161,6 +161,16 @@ def test_int4_tiles_are_made_as_tinygemm_makes_them() -> None:
     assert torch.equal(weight.to_dense(torch.float32), wanted)
 
 
+@pytest.mark.parametrize("name", sorted(anybit.TorchAoConfig.schemes))
+def test_every_scheme_makes_a_model_that_runs(name: str, tmp_path: Path) -> None:
+    plan = anybit.quantize(DENSE_MODEL, tmp_path / "made", anybit.TorchAoConfig(**anybit.TorchAoConfig.schemes[name]))
+    assert any(entry.action == "quantize" for entry in plan.entries)
+    found = logits(tmp_path / "made").float()
+    assert torch.isfinite(found).all()
+    if "int2" not in name and "int3" not in name and "x2" not in name and "x3" not in name:
+        assert (found - logits(DENSE_MODEL).float()).abs().mean() < 0.2 * logits(DENSE_MODEL).float().std()
+
+
 # --- which configuration counts ----------------------------------------------------------------------------------------------
 
 INT8 = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
@@ -482,6 +492,39 @@ def test_pickles_of_another_kind(tmp_path: Path, old: bytes, new: bytes, error: 
     folder = repickled(tmp_path, "tiny-old-int8dyn-bf16", change)
     with pytest.raises(error, match=message):
         anybit.load(folder, allow_pickle=True)
+
+
+class Chain:
+    """Pickled under a name of torchao's; ten ways lead from each link to the next."""
+
+    def __init__(self, following: Any):
+        self.__dict__.update({f"way{number}": following for number in range(10)})
+
+
+Chain.__module__, Chain.__qualname__ = "torchao.links", "Chain"
+
+
+def test_objects_that_refer_to_each_other_without_end_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    import types
+
+    for name in ("torchao", "torchao.links"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["torchao.links"].Chain = Chain  # type: ignore[attr-defined]
+    last = Chain(torch.ones(2))
+    for _ in range(10):
+        last = Chain(last)
+    torch.save({"a": last}, tmp_path / "pytorch_model.bin")
+    found = Checkpoint.open(tmp_path, allow_pickle=True, packages=("torchao",))
+    assert len(found.tensors) == 10
+    assert list(found.values) == ["a"]
+    for _ in range(20):
+        last = Chain(last)
+    torch.save({"a": last}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CorruptFile, match="nests objects more than 16 deep"):
+        Checkpoint.open(tmp_path, allow_pickle=True, packages=("torchao",))
 
 
 def test_old_names_are_kept_in_the_configuration() -> None:

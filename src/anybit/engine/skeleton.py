@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anybit.errors import ConfigError
-from anybit.modules.proxy import multiplies_plainly
+from anybit.modules.proxy import multiplies_once, multiplies_plainly
 from anybit.weight import ModuleInfo
 
 
@@ -120,6 +120,36 @@ def slots(model: nn.Module) -> dict[str, Slot]:
                 experts, first, second = parameter.shape
                 shape = (experts, second, first) if transposed else (experts, first, second)
                 found[key] = Slot(key, key, "experts", shape, class_name, False, transposed)
+    return found
+
+
+def packed_routers(model: nn.Module, stored: Iterable[str], path_of: Callable[[str], str | None]) -> dict[str, Slot]:
+    """Slots of small layers of classes of their own (a router is not an `nn.Linear`), where a file has more than a weight.
+
+    No method packs them by itself, so they are no slots otherwise. `path_of`: a module's name in the file -> its path.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    candidates = {
+        path: module
+        for path, module in model.named_modules()
+        if (weight := module._parameters.get("weight")) is not None
+        and weight.dim() == 2
+        and not isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+    }
+    endings = {path.rpartition(".")[2] for path in candidates}
+    found: dict[str, Slot] = {}
+    for name in stored if candidates else ():
+        owner, _, own = name.rpartition(".")
+        if own in ("weight", "bias") or owner.rpartition(".")[2] not in endings:
+            continue
+        path = path_of(owner)
+        module = candidates.get(path) if path is not None else None
+        if module is None or own in module._parameters or own in module._buffers or not multiplies_once(module):
+            continue
+        bias = module._parameters.get("bias") is not None
+        shape = tuple(module._parameters["weight"].shape)
+        found[f"{path}.weight"] = Slot(f"{path}.weight", str(path), "router", shape, type(module).__name__, bias)
     return found
 
 

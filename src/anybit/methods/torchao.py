@@ -55,6 +55,46 @@ LEGACY: Mapping[str, str] = {
 }
 
 
+def _scheme(name: str, **options: Any) -> Mapping[str, Any]:
+    return {"quant_type": {"_type": name, "_version": VERSIONS[name], "_data": options}}
+
+
+def _groups(size: int) -> dict[str, Any]:
+    return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": size}}
+
+
+def _int(bits: int) -> dict[str, Any]:
+    return {"_type": "torch.dtype", "_data": f"int{bits}"}
+
+
+SCHEMES: Mapping[str, Mapping[str, Any]] = {
+    "torchao-int8": _scheme("Int8WeightOnlyConfig"),
+    "torchao-int8-dynamic": _scheme("Int8DynamicActivationInt8WeightConfig"),
+    "torchao-float8": _scheme("Float8WeightOnlyConfig"),
+    "torchao-float8-dynamic": _scheme(
+        "Float8DynamicActivationFloat8WeightConfig",
+        granularity={"_type": "PerRow", "_version": 1, "_data": {"dim": -1}},
+    ),
+    **{f"torchao-int4-g{size}": _scheme("Int4WeightOnlyConfig", group_size=size) for size in (32, 64, 128)},
+    **{
+        f"torchao-int4-tiles-g{size}": _scheme(
+            "Int4WeightOnlyConfig", group_size=size, int4_packing_format="tile_packed_to_4d"
+        )
+        for size in (32, 64, 128)
+    },
+    **{
+        f"torchao-int{bits}-int8-dynamic-g32": _scheme(
+            "Int8DynamicActivationIntxWeightConfig", weight_dtype=_int(bits), weight_granularity=_groups(32)
+        )
+        for bits in (2, 3, 4)
+    },
+    **{
+        f"torchao-intx{bits}-g32": _scheme("IntxWeightOnlyConfig", weight_dtype=_int(bits), granularity=_groups(32))
+        for bits in range(2, 9)
+    },
+}
+
+
 @register_quantization_config("torchao")
 @dataclass(eq=False, repr=False)
 class TorchAoConfig(QuantizationConfigMixin):
@@ -66,6 +106,7 @@ class TorchAoConfig(QuantizationConfigMixin):
     untie_embedding_weights: bool = False
 
     method: ClassVar[str] = "torchao"
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = SCHEMES
 
     def post_init(self) -> None:
         self.quant_type = plain_data(self.quant_type)

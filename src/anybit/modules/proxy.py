@@ -84,6 +84,17 @@ def _linear_arguments(
 
 def multiplies_plainly(module: nn.Linear) -> bool:
     """Whether the forward of a subclass of `nn.Linear` is nothing but a product with its weight, told by trying it."""
+    products, y = _tried(module)
+    return products == 1 and isinstance(y, Tensor) and tuple(y.shape) == (2, module.weight.shape[0])
+
+
+def multiplies_once(module: nn.Module) -> bool:
+    """Whether a forward uses its weight for one product and nothing else, whatever becomes of the result (a router's)."""
+    return _tried(module)[0] == 1
+
+
+def _tried(module: Any) -> tuple[int, Any]:
+    """(products with the weight in a forward of two inputs, its result); no products if it cannot be tried."""
     rows, columns = module.weight.shape
     touched: list[bool] = []
 
@@ -100,5 +111,5 @@ def multiplies_plainly(module: nn.Linear) -> bool:
     try:
         y = probe.forward(torch.empty(2, columns, dtype=module.weight.dtype, device="meta"))
     except Exception:  # whatever a stranger's forward does with arguments or weights we do not know: it stays dense
-        return False
-    return len(touched) == 1 and isinstance(y, Tensor) and tuple(y.shape) == (2, rows)
+        return 0, None
+    return len(touched), y

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class ModuleInfo:
     """What a method may know of a module before any weight is read.
 
-    kind: "linear", "conv1d" (GPT-2's [in, out] storage), "embedding" or "experts". `shape` is always logical: (out, in),
-    (vocabulary, width) or (experts, out, in). `dtype`: of the dense weight, e.g. "bfloat16". `class_name`: of the module.
+    kind: "linear", "conv1d" (GPT-2's [in, out] storage), "embedding", "experts" or "router" (a small layer of a class of its
+    own, which is asked about only where a file has it packed). `shape` is always logical: (out, in), (vocabulary, width) or
+    (experts, out, in). `dtype`: of the dense weight, e.g. "bfloat16". `class_name`: of the module.
     `transposed`: the model class holds, and a dense checkpoint stores, the last two axes the other way round.
     """
 
