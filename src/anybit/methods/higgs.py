@@ -58,7 +58,13 @@ class HiggsConfig(QuantizationConfigMixin):
 class HiggsHfQuantizer(HfQuantizer):
     """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie."""
 
-    requires_calibration = True  # not in truth: anybit reads HIGGS and has no algorithm yet that makes it
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        if not pre_quantized:
+            raise NotRepresentable(
+                "anybit reads HIGGS checkpoints and does not make them; choose another method, such as NF4"
+            )
+
     layouts_available = True
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
