@@ -112,12 +112,13 @@ def _experts(m: Metadata) -> dict[str, Any]:
     """Sizes of a stack of experts under transformers' most common names."""
     tensor = m.first("ffn_up_exps.weight")
     count = m.whole("expert_count")
+    stored = "ffn_up_exps.weight" if tensor is not None else "ffn_up.0.weight"  # before there were stacks
     if tensor is not None and m.shape(tensor)[0] != count:
         m.fail(f"expert_count is {count}, but tensor {tensor!r} has the shape {m.shape(tensor)}")
     return {
         "num_experts": count,
         "num_experts_per_tok": m.whole("expert_used_count", largest=count),
-        "moe_intermediate_size": m.width("expert_feed_forward_length", "ffn_up_exps.weight"),
+        "moe_intermediate_size": m.width("expert_feed_forward_length", stored),
     }
 
 

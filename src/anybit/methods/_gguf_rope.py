@@ -91,7 +91,7 @@ def _attention_factor(m: Metadata, original: int) -> float:
 def _llama3(divisors: list[float], theta: float, rotated: int) -> dict[str, Any] | None:
     """The settings of llama 3's rule that give these divisors, or None."""
     factor = max(divisors)
-    for original in (1 << power for power in range(20, 5, -1)):
+    for original in (1 << power for power in range(24, 2, -1)):
         for high in (4.0, 2.0, 8.0):
             wanted = _rule(theta, rotated, factor, 1.0, high, original)
             if all(math.isclose(one, two, rel_tol=2e-6) for one, two in zip(divisors, wanted, strict=True)):

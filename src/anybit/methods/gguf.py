@@ -76,7 +76,7 @@ class GgufConfig(QuantizationConfigMixin):
 class GgufHfQuantizer(HfQuantizer):
     """GGUF's block types."""
 
-    layouts_available = False  # its block types and names are read; models are not held to the laws yet
+    layouts_available = True
     reads_bundles = True
 
     def unbundle(self, checkpoint: Any) -> Bundle | None:
