@@ -5,6 +5,7 @@ import torch
 
 from anybit.methods._llm_int8 import ONE_127TH, LlmInt8Layout
 from anybit.testing import MethodConformance
+from anybit.testing.random_weights import random_weight
 from anybit.weight.nodes import Values
 
 
@@ -15,7 +16,15 @@ class TestBitsAndBytes(MethodConformance):
     }
 
     def legal(self, weight: Any, unit: Any) -> Any:
-        """int8 codes are multiplied by one constant, which is not stored."""
-        if not isinstance(unit.layout, LlmInt8Layout):
-            return weight
-        return replace(weight, tree=replace(weight.tree, scale=Values(torch.full((1, 1), ONE_127TH))))
+        return legal(weight, unit.layout)
+
+    def enlarge(self, layout: Any, shape: tuple[int, ...], extras: Any) -> dict[str, torch.Tensor]:
+        larger = replace(layout, shape=shape)
+        return larger.encode(legal(random_weight(larger.scheme(), extras=extras), larger))
+
+
+def legal(weight: Any, layout: Any) -> Any:
+    """int8 codes are multiplied by one constant, which is not stored."""
+    if not isinstance(layout, LlmInt8Layout):
+        return weight
+    return replace(weight, tree=replace(weight.tree, scale=Values(torch.full((1, 1), ONE_127TH))))
