@@ -1,0 +1,499 @@
+"""What the Triton kernels run: a weight tree as a small program over the prepared tensors.
+
+A grid's program is that of the CPU kernels (../cpu/trees.py). Around it:
+
+    {"codebook": ...}                       a grid whose codes name vectors
+    {"rows" | "columns" | "stack": [...]}   parts above or beside each other; one program per expert
+    {"sum": [...]}                          products added
+    {"rotated": ...}                        the input or the output turned, instead of the weight
+    {"scaled": ...}                         the input or the output scaled, instead of the weight
+    {"cropped": ...}                        a padded weight: the input filled up, the output cut
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybit.kernels.cpu.trees import Grid, Refused, Slot, Workspace
+from anybit.kernels.cpu.trees import program_of as grid_program
+from anybit.kernels.triton.tuning import Tile, tile_for
+from anybit.weight import nodes
+from anybit.weight.nodes import Node, hadamard
+from anybit.weight.packing import row_bytes
+
+MANY = 256  # rows of input from which decoding pieces for torch's matmul costs less than decoding in the product
+PIECE = 1 << 24  # weights of such a piece: 32 MB in two bytes each, within the second-level cache of a large card
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_PARAMETER = {"kind": 0, "down": 1, "row_stride": 0, "width": 1, "inverted": False, "negated": False}
+
+
+# --- trees -> programs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Codebook:
+    """What a codebook has beyond the Grid that stands for its codes and scale."""
+
+    grid: Grid
+    vector: tuple[int, int]
+    books: int
+    entries: int
+    sign_bits: int = 0
+    sign_bytes: int = 0
+    signs: Slot | None = None
+    sign_table: Slot | None = None
+
+
+def program_of(tree: Node, space: Workspace) -> dict[str, Any]:
+    """The program of a tree; Refused if there is none."""
+    match tree:
+        case nodes.Stack(parts=parts):
+            return {"stack": [program_of(part, space) for part in parts]}
+        case nodes.Rows(parts=parts):
+            return {"rows": [program_of(part, space) for part in parts]}
+        case nodes.Columns(parts=parts):
+            return {"columns": [program_of(part, space) for part in parts]}
+        case nodes.Sum(parts=parts, compute="float32"):
+            return {"sum": [program_of(part, space) for part in parts]}
+        case nodes.Codebook():
+            return {"codebook": _codebook(tree, space)}
+        case nodes.Rotate(child=child, size=size, side=side, matrix=matrix):
+            if len(tree.shape) == 3:
+                raise Refused("a stack of rotated experts; a matrix of that kind is accepted")
+            slot = None if matrix is None else space.own_slot(matrix, False)
+            return {"rotated": {"child": program_of(child, space), "size": size, "side": side, "matrix": slot}}
+        case nodes.Scaled(child=child, scale=scale, offset=None, compute="float32") if scale is not None:
+            if len(tree.shape) == 3 or 1 not in scale.shape:
+                raise Refused(f"a second scale of {tuple(scale.shape)} values; one a row or one a column is read")
+            numbers = torch.empty(scale.shape, device="meta") if space.meta else scale.dense()
+            along = "input" if scale.shape[0] == 1 and scale.shape[1] > 1 else "output"
+            return {
+                "scaled": {"child": program_of(child, space), "along": along, "factors": space.add(numbers.reshape(-1))}
+            }
+        case nodes.Crop(child=nodes.Rotate() | nodes.Codebook() | nodes.Scaled() as child, rows=rows, columns=columns):
+            return {"cropped": {"child": program_of(child, space), "rows": rows, "columns": columns}}
+    return grid_program(tree, space)
+
+
+def _codebook(tree: nodes.Codebook, space: Workspace) -> Codebook:
+    codes, (high, wide) = tree.codes, tree.vector
+    if not isinstance(codes, nodes.Codes) or codes.signed or codes.bits > 16:
+        raise Refused("codes of a codebook that are not packed numbers of up to 16 bits")
+    if wide & (wide - 1):
+        raise Refused(f"vectors of {wide} columns; powers of two are read")
+    rows, columns = tree.shape[-2:]
+    books = tree.books()
+    if isinstance(tree.tables, str):
+        table = space.add(books.to("meta" if space.meta else codes.packed.device))
+    else:
+        table = space.own_slot(books, books.dim() == 5)
+    # a grid over the codes alone carries the scale: a weight of the same shape, a code for each element of it
+    scale = tree.scale
+    grid = Grid(
+        rows, columns, row_bytes(codes.columns, codes.bits), codes.bits, 0, columns, _COMPUTE[tree.compute],
+        space.own_slot(codes.packed, codes.packed.dim() == 3), columns, table,
+    )  # fmt: skip
+    if scale is not None:
+        stand_in = nodes.Grid(nodes.Values(_bytes_like(codes, tree.shape)), scale, block=tree.block)
+        found = grid_program(stand_in, _Scales(space))["grid"]
+        if found.group % wide and found.group < columns:
+            raise Refused(f"scales of {found.group} columns over vectors of {wide}")
+        grid.scale, grid.group = found.scale, found.group
+    program = Codebook(grid, (high, wide), tree.count, books.shape[-3])
+    match tree.signs:
+        case None:
+            return program
+        case nodes.Codes(bits=1, signed=False) as signs:
+            pass
+        case (
+            nodes.Codebook(
+                codes=nodes.Codes(signed=False) as signs, vector=(1, 8), scale=None, signs=None, count=1
+            ) as own
+        ):
+            if wide > 8:
+                raise Refused(f"signs of eight columns over vectors of {wide}")
+            program.sign_table = space.add(own.books().reshape(-1, 8).to("meta" if space.meta else codes.packed.device))
+        case other:
+            raise Refused(f"signs that are a {type(other).__name__}")
+    program.sign_bits, program.sign_bytes = signs.bits, row_bytes(signs.columns, signs.bits)
+    program.signs = space.own_slot(signs.packed, signs.packed.dim() == 3)
+    return program
+
+
+_COMPUTE = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def _bytes_like(codes: nodes.Codes, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of this shape that takes no memory."""
+    return torch.empty(1, dtype=torch.uint8, device=codes.packed.device).expand(shape)
+
+
+class _Scales(Workspace):
+    """The same workspace, seen by a grid whose codes are not there."""
+
+    def __init__(self, space: Workspace):
+        self.__dict__ = space.__dict__
+
+    def own_slot(self, tensor: Tensor, stacked: bool) -> Slot:
+        return super().own_slot(tensor, stacked) if id(tensor) in self._position else Slot(0)
+
+
+# --- programs that run -------------------------------------------------------------------------------------------------------
+
+
+def build(program: dict[str, Any]) -> Program:
+    """A program as it was written into a spec."""
+    ((kind, content),) = program.items()
+    match kind:
+        case "grid":
+            return Leaf(content)
+        case "codebook":
+            return Leaf(content["grid"], content)
+        case "rotated":
+            return Rotated(build(content["child"]), content)
+        case "scaled":
+            return ScaledProduct(build(content["child"]), content)
+        case "cropped":
+            return Cropped(build(content["child"]), content["rows"], content["columns"])
+    return {"rows": RowParts, "columns": ColumnParts, "stack": ExpertParts, "sum": SumParts}[kind](
+        [build(part) for part in content]
+    )
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def plain(content: Any) -> Any:
+    """Dataclasses of a program as data, for json."""
+    return asdict(content)
+
+
+class Program:
+    """A matrix, or a stack of them, as steps over the prepared tensors."""
+
+    rows: int
+    columns: int
+
+    def linear(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x [n, columns] -> [n, rows] in `dtype`."""
+        if x.shape[1] != self.columns:
+            raise RuntimeError(f"an input of shape {tuple(x.shape)} for a weight of {self.columns} columns")
+        y = torch.empty(x.shape[0], self.rows, dtype=dtype if dtype in DTYPES else torch.float32, device=x.device)
+        self.into(x if x.dtype in DTYPES else x.to(torch.float32), tensors, bias, y)
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        """Write x @ W.T + bias into y, whose rows may lie apart."""
+        raise NotImplementedError(type(self).__name__)
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        """total [n, columns] += gradient [n, rows] @ W."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class Leaf(Program):
+    """One grid or codebook: launches of the functions in grid.py."""
+
+    def __init__(self, grid: dict[str, Any], book: dict[str, Any] | None = None):
+        self.rows, self.columns, self.codes_columns = grid["rows"], grid["inputs"], grid["columns"]
+        self.bits, self.group = grid["bits"], grid["group"]
+        book = book or {"vector": (1, 1), "books": 0, "entries": 0, "sign_bits": 0, "sign_bytes": 0, "signs": None,
+                        "sign_table": None}  # fmt: skip
+        high, wide = book["vector"]
+        slots = {name: grid[name] for name in ("codes", "table", "permutation")}
+        slots |= {name: grid[name] and grid[name]["slot"] for name in ("scale", "zero", "offset")}
+        slots |= {name: book[name] for name in ("signs", "sign_table")}
+        self.slots = {name: slot and (slot["position"], slot["stride"]) for name, slot in slots.items()}
+        own = {"ROW_BYTES": grid["row_bytes"], "BITS": self.bits, "LEVELS": grid["levels"], "GROUP": self.group,
+               "COMPUTE": grid["compute"], "COLUMNS": self.codes_columns, "VECTOR": wide, "HIGH": high, "BOOKS": book["books"],
+               "ENTRIES": book["entries"], "SIGN_BITS": book["sign_bits"], "SIGN_BYTES": book["sign_bytes"]}  # fmt: skip
+        for letter, name in (("S", "scale"), ("Z", "zero"), ("O", "offset")):
+            content = grid[name] or _NO_PARAMETER
+            own |= {f"{letter}_KIND": content["kind"], f"{letter}_DOWN": min(content["down"], max(self.rows, 1)),
+                    f"{letter}_STRIDE": content["row_stride"], f"{letter}_WIDTH": content["width"],
+                    f"{letter}_NEGATED": bool(content["negated"])}  # fmt: skip
+        self.constants = {**own, "S_INVERTED": bool((grid["scale"] or _NO_PARAMETER)["inverted"])}
+        self.per = wide if book["books"] else (8 // self.bits if 8 % self.bits == 0 else 8)
+
+    def tensors(self, tensors: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What the functions read, and numbers from one expert to the next; the codes stand in for what is absent."""
+        found: dict[str, Tensor] = {}
+        strides: dict[str, int] = {}
+        for name, slot in self.slots.items():
+            tensor = tensors[self.slots["codes"][0] if slot is None else slot[0]]
+            is_byte = tensor.dtype.itemsize == 1 and tensor.dtype != torch.int8
+            found[name] = tensor.view(torch.uint8) if is_byte or name == "codes" else tensor
+            strides[name] = slot[1] // tensor.element_size() if slot else 0
+        return found, strides
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        if x.shape[0] >= MANY:
+            return self._in_pieces(x, tensors, bias, y)
+        tile = self._tile(x.shape[0], x.device)
+        self._launch(x, tensors, bias, y, tile, -(-x.shape[0] // tile.inputs))
+        return None
+
+    def _tile(self, count: int, device: torch.device) -> Tile:
+        return tile_for(
+            count, self.rows, -(-self.codes_columns // self.per), self.bits, self.constants["BOOKS"] > 0, device
+        )
+
+    def arguments(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, tile: Tile, splits: int,
+        routed: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Every argument of grid._product_kernel by its name; y has a leading axis of parts if there are several."""
+        own, strides = self.tensors(tensors)
+        expert, first, stop = routed if routed is not None else (x, x, x)
+        return {
+            "x": x, "y": y, "bias": x if bias is None else bias, **own,
+            "tile_expert": expert, "tile_first": first, "tile_stop": stop, "count": x.shape[0],
+            "ROWS": self.rows, "INPUTS": self.columns, **self.constants,
+            "CODES_EXPERT": strides["codes"], "TABLE_EXPERT": strides["table"], "S_EXPERT": strides["scale"],
+            "Z_EXPERT": strides["zero"], "O_EXPERT": strides["offset"], "SIGNS_EXPERT": strides["signs"],
+            "X_ROW": x.stride(0), "X_COLUMN": x.stride(1), "Y_PART": y.stride(0) if splits > 1 else 0, "Y_ROW": y.stride(-2),
+            "PERMUTED": self.slots["permutation"] is not None, "GROUPED": routed is not None,
+            "BIASED": bias is not None and splits == 1,
+            "ONE_GROUP": self.group % (tile.runs * self.per) == 0 or self.group >= self.codes_columns,
+            "M": tile.inputs, "N": tile.rows, "R": tile.runs, "SPLITS": splits,
+        }  # fmt: skip
+
+    def _launch(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, tile: Tile, tiles: int,
+        routed: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        from anybit.kernels.triton.grid import _product_kernel
+
+        splits = tile.splits if routed is None else 1
+        where = y if splits == 1 else torch.empty(splits, *y.shape, dtype=torch.float32, device=y.device)
+        with _current(x.device):
+            _product_kernel[(-(-self.rows // tile.rows), tiles, splits)](
+                **self.arguments(x, tensors, bias, where, tile, splits, routed),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+        if splits > 1:  # added in a fixed order, so that a run repeats
+            total = where.sum(0)
+            y.copy_(total if bias is None else total + bias.to(torch.float32))
+
+    def experts(self, x: Tensor, ends: Tensor, tensors: list[Tensor]) -> Tensor:
+        """One launch over the tiles of all experts; which tile belongs to whom is worked out on the device."""
+        if x.shape[1] != self.columns:
+            raise RuntimeError(f"an input of shape {tuple(x.shape)} for weights of {self.columns} columns")
+        experts, count = ends.numel(), x.shape[0]
+        x = x if x.dtype in DTYPES else x.to(torch.float32)
+        y = torch.empty(count, self.rows, dtype=x.dtype, device=x.device)
+        tile = self._tile(max(1, count // experts), x.device)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        tile_ends = ((ends - starts + tile.inputs - 1) // tile.inputs).cumsum(0)
+        tiles = count // tile.inputs + min(experts, count)
+        number = torch.arange(tiles, device=ends.device)
+        expert = torch.searchsorted(tile_ends, number, right=True).clamp(max=experts - 1)
+        before = torch.cat([tile_ends.new_zeros(1), tile_ends[:-1]])[expert]
+        first = starts[expert] + (number - before) * tile.inputs
+        stop = torch.where(number < tile_ends[-1], ends[expert], first)  # tiles beyond the last are empty
+        self._launch(x, tensors, None, y, tile, tiles, (expert, first, stop))
+        return y
+
+    # --- decoded pieces ---
+
+    def pieces(self, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """(first row, piece) over the whole weight, columns in the order of the codes; one buffer for all."""
+        from anybit.kernels.triton.grid import _decode_kernel
+
+        own, _ = self.tensors(tensors)
+        del own["permutation"]
+        step = min(self.rows, max(16, PIECE // max(self.codes_columns, 1) // 16 * 16))
+        buffer = torch.empty(step, self.codes_columns, dtype=dtype, device=device)
+        runs = -(-self.codes_columns // self.per)
+        for first in range(0, self.rows, step):
+            count = min(step, self.rows - first)
+            with _current(device):
+                _decode_kernel[(-(-count // 4), -(-runs // 128))](
+                    out=buffer, **own, count=count, first_row=first, **self.constants, N=4, R=128, num_warps=4
+                )
+            yield first, buffer[:count]
+
+    def _in_pieces(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        own = self.in_order_of_codes(x, tensors)
+        for first, piece in self.pieces(tensors, x.dtype, x.device):
+            part = torch.mm(own, piece.T)
+            if bias is not None:
+                part += bias[first : first + len(piece)].to(part.dtype)
+            y[:, first : first + len(piece)] = part
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        dtype = gradient.dtype if gradient.dtype in DTYPES else torch.float32
+        own = torch.zeros(total.shape[0], self.codes_columns, dtype=torch.float32, device=total.device)
+        for first, piece in self.pieces(tensors, dtype, gradient.device):
+            own += torch.mm(gradient[:, first : first + len(piece)].to(dtype), piece)
+        slot = self.slots["permutation"]
+        if slot is None:
+            total += own[:, : self.columns]
+        else:
+            order = tensors[slot[0]].long()
+            total.index_add_(1, order.clamp(min=0), torch.where(order >= 0, own, 0.0))
+
+    def in_order_of_codes(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
+        """x [n, inputs] -> [n, columns of the codes]; columns without an input are zero."""
+        slot = self.slots["permutation"]
+        if slot is not None:
+            order = tensors[slot[0]].long()
+            return torch.where(order >= 0, x.index_select(1, order.clamp(min=0)), 0).to(x.dtype)
+        return torch.nn.functional.pad(x, (0, self.codes_columns - self.columns))
+
+
+class RowParts(Program):
+    """Parts one above the other: each writes its own outputs."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        start = 0
+        for part in self.parts:
+            stop = start + part.rows
+            part.into(x, tensors, None if bias is None else bias[start:stop], y[:, start:stop])
+            start = stop
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        start = 0
+        for part in self.parts:
+            part.add_gradient(gradient[:, start : start + part.rows], tensors, total)
+            start += part.rows
+
+
+class ColumnParts(Program):
+    """Parts side by side: their products are added in float32."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = parts[0].rows, sum(part.columns for part in parts)
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        total, own, start = (
+            torch.zeros(y.shape, dtype=torch.float32, device=y.device),
+            torch.empty_like(y, dtype=torch.float32),
+            0,
+        )
+        for part in self.parts:
+            part.into(x[:, start : start + part.columns], tensors, bias if start == 0 else None, own)
+            total += own
+            start += part.columns
+        y.copy_(total)
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        start = 0
+        for part in self.parts:
+            part.add_gradient(gradient, tensors, total[:, start : start + part.columns])
+            start += part.columns
+
+
+class ExpertParts(Program):
+    """One program per expert; experts of a stack are multiplied one by one."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = parts[0].rows, parts[0].columns
+
+
+class SumParts(Program):
+    """Parts on top of each other: their products are added in float32."""
+
+    def __init__(self, parts: list[Program]):
+        self.parts = parts
+        self.rows, self.columns = parts[0].rows, parts[0].columns
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        total = self.parts[0].linear(x, tensors, bias, torch.float32)
+        for part in self.parts[1:]:
+            total += part.linear(x, tensors, None, torch.float32)
+        y.copy_(total)
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        for part in self.parts:
+            part.add_gradient(gradient, tensors, total)
+
+
+class Rotated(Program):
+    """W = child @ M in every run of columns, or M @ child in every run of rows: x or y is turned in its place, in float32."""
+
+    def __init__(self, child: Program, content: dict[str, Any]):
+        self.child, self.size, self.side, self.matrix = child, content["size"], content["side"], content["matrix"]
+        self.rows, self.columns = child.rows, child.columns
+
+    def _turned(self, x: Tensor, tensors: list[Tensor], back: bool) -> Tensor:
+        """Every run of `size` numbers of a row times M transposed, or times M on the way back."""
+        matrix = (
+            hadamard(self.size, x.device) if self.matrix is None else tensors[self.matrix["position"]].to(torch.float32)
+        )
+        return (x.to(torch.float32).reshape(-1, self.size) @ (matrix if back else matrix.T)).view(x.shape)
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        if self.side == "input":
+            return self.child.into(self._turned(x, tensors, False).to(x.dtype), tensors, bias, y)
+        turned = self._turned(self.child.linear(x, tensors, None, torch.float32), tensors, False)
+        y.copy_(turned if bias is None else turned + bias.to(torch.float32))
+        return None
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        if self.side == "input":
+            own = torch.zeros_like(total)
+            self.child.add_gradient(gradient, tensors, own)
+            total += self._turned(own, tensors, True)
+        else:
+            self.child.add_gradient(self._turned(gradient, tensors, True), tensors, total)
+
+
+class ScaledProduct(Program):
+    """A factor for every input or for every output of the child."""
+
+    def __init__(self, child: Program, content: dict[str, Any]):
+        self.child, self.along, self.position = child, content["along"], content["factors"]["position"]
+        self.rows, self.columns = child.rows, child.columns
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        factors = tensors[self.position]
+        if self.along == "input":
+            return self.child.into((x.to(torch.float32) * factors).to(x.dtype), tensors, bias, y)
+        found = self.child.linear(x, tensors, None, torch.float32) * factors
+        y.copy_(found if bias is None else found + bias.to(torch.float32))
+        return None
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        factors = tensors[self.position]
+        if self.along == "input":
+            own = torch.zeros_like(total)
+            self.child.add_gradient(gradient, tensors, own)
+            total += own * factors
+        else:
+            self.child.add_gradient(gradient.to(torch.float32) * factors, tensors, total)
+
+
+class Cropped(Program):
+    """The first rows and columns of a padded child."""
+
+    def __init__(self, child: Program, rows: int, columns: int):
+        self.child, self.rows, self.columns = child, rows, columns
+
+    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+        full = torch.nn.functional.pad(x, (0, self.child.columns - self.columns))
+        if self.child.rows == self.rows:
+            return self.child.into(full, tensors, bias, y)
+        found = self.child.linear(full, tensors, None, torch.float32)[:, : self.rows]
+        y.copy_(found if bias is None else found + bias.to(torch.float32))
+        return None
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        own = torch.zeros(total.shape[0], self.child.columns, dtype=torch.float32, device=total.device)
+        self.child.add_gradient(torch.nn.functional.pad(gradient, (0, self.child.rows - self.rows)), tensors, own)
+        total += own[:, : self.columns]
