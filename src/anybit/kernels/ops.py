@@ -72,8 +72,13 @@ linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 @torch.library.custom_op("anybit::embedding", mutates_args=())
 def embedding(ids: Tensor, packed: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
-    """ids [...] -> rows of the weight [..., columns] in `dtype`; each distinct row is decoded once."""
+    """ids [...] -> rows of the weight [..., columns] in `dtype`; on the CPU each distinct row is decoded once.
+
+    On a GPU finding the distinct ones costs more than it saves: the host would wait for their number.
+    """
     kernel, own = _split(spec)
+    if ids.device.type != "cpu":
+        return kernel.take_rows(ids.reshape(-1), own, packed).to(dtype).view(*ids.shape, columns)
     distinct, place = torch.unique(ids.reshape(-1), return_inverse=True)
     return kernel.take_rows(distinct, own, packed).to(dtype)[place].view(*ids.shape, columns)
 
