@@ -8,13 +8,14 @@ PYTEST_ARGS ?=
 # A stamp is older than these after a change of dependencies, and the install runs again.
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test check format capabilities clean
+.PHONY: help demo test check format capabilities docs clean
 
 help:
 	@echo 'make demo    quantize the bundled model with four methods and print the comparison'
 	@echo 'make test    run the tests            make test PYTEST_ARGS="-k gptq"'
 	@echo 'make check   formatting, lint, types  make format: apply the formatting'
 	@echo 'make capabilities  measure what every method can do, for the method table'
+	@echo 'make docs    build the documentation into build/site'
 	@echo 'make clean   remove .venv and caches'
 
 # Some systems ship python3 without ensurepip; then the machine's own pip fills the empty environment.
@@ -53,6 +54,10 @@ format: $(VENV)/.installed-dev
 capabilities: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q --record-capabilities src/anybit/methods/_measured.json tests/test_conformance_*.py
 	$(BIN)/python docs/generate.py
+
+docs: $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d build/site
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
