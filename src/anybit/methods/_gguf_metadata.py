@@ -102,13 +102,13 @@ class Metadata:
     def numbers(self, name: str, default: Any = None) -> Any:
         return self._get(name, (array, list), "list of numbers", default)
 
-    def token(self, name: str) -> int | None:
-        """A special token's id, or None; ids outside of the vocabulary are no tokens."""
+    def token(self, name: str, count: int | None = None) -> int | None:
+        """A special token's id, or None; ids outside of the vocabulary (the embedding's rows, or `count`) are no tokens."""
         key = f"tokenizer.ggml.{name}_token_id"
         if key not in self.values:
             return None
         found = self.whole(key, least=-LARGEST, largest=(1 << 32) - 1)
-        return found if 0 <= found < self.vocabulary else None
+        return found if 0 <= found < (self.vocabulary if count is None else count) else None
 
     # --- what the tensors say -------------------------------------------------------------------------------------------
 

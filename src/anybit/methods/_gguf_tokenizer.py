@@ -74,16 +74,17 @@ class TokenizerFiles:
         kind = m.text("tokenizer.ggml.model", "")
         if not kind or not m.has("tokenizer.ggml.tokens"):
             return cls(str(m.path), "", "", (), (), (), (), {}, None, False, False, None, 0)
+        tokens = m.texts("tokenizer.ggml.tokens")
         special = {
             name: number
             for name, own in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-            if (number := m.token(own)) is not None
+            if (number := m.token(own, len(tokens))) is not None
         }
         return cls(
             str(m.path),
             kind,
             m.text("tokenizer.ggml.pre", "default"),
-            m.texts("tokenizer.ggml.tokens"),
+            tokens,
             m.numbers("tokenizer.ggml.token_type", ()),
             m.numbers("tokenizer.ggml.scores", ()),
             m.texts("tokenizer.ggml.merges") if m.has("tokenizer.ggml.merges") else (),
