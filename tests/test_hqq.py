@@ -431,3 +431,16 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
         difference = (model(ids).logits - source(ids).logits).abs().max()
     assert difference < 0.02 * source(ids).logits.abs().max()
     save_file(stored, tmp_path / "made" / "model.safetensors", {"format": "pt"})
+    packed = stored.copy()  # before transformers 5 a router was a linear layer like any other
+    gate = packed.pop("model.layers.0.mlp.gate.weight")
+    quantizer = AutoHfQuantizer.from_config(HqqConfig(nbits=8, group_size=32), pre_quantized=False)
+    layout = quantizer.layout_for(ModuleInfo("model.layers.0.mlp.gate", "linear", (4, 64), "float32"))
+    assert layout is not None
+    made = algorithms.get("hqq")(gate, layout.scheme(), **layout.algorithm_options())
+    packed |= {f"model.layers.0.mlp.gate.{name}": tensor for name, tensor in layout.encode(made).items()}
+    save_file(packed, tmp_path / "made" / "model.safetensors", {"format": "pt"})
+    model = anybit.load(tmp_path / "made")
+    assert isinstance(model.model.layers[0].mlp.gate, PackedWeight)
+    assert torch.equal(model.model.layers[0].mlp.gate.dequantize(), made.to_dense())
+    with torch.no_grad():
+        assert (model(ids).logits - source(ids).logits).abs().max() < 0.02 * source(ids).logits.abs().max()

@@ -315,6 +315,54 @@ def test_made_checkpoints_have_a_map_and_load(weights: str, tmp_path: Path) -> N
     assert json.loads((tmp_path / "saved" / "quanto_qmap.json").read_text()) == qmap
 
 
+@pytest.mark.parametrize("kind", ["e5m2", "e4m3fnuz"])
+def test_a_map_says_what_is_made_again(kind: str, tmp_path: Path) -> None:
+    """quanto's other small floats, which have no name in a QuantoConfig."""
+    source = dense(tmp_path)
+    names = [name.removesuffix(".weight") for name in load_file(source / "model.safetensors") if "mlp" in name]
+    qmap = {name: {"weights": f"qfloat8_{kind}", "activations": "none"} for name in names}
+    anybit.quantize(source, tmp_path / "made", QuantoConfig.from_dict(qmap))
+    assert json.loads((tmp_path / "made" / "quanto_qmap.json").read_text()) == qmap
+    stored = load_file(tmp_path / "made" / "model.safetensors")
+    assert stored[f"{NAME}.weight._data"].dtype == getattr(torch, f"float8_{kind}")
+    model: Any = anybit.load(tmp_path / "made")
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    assert packed == set(names)
+    weight = load_file(source / "model.safetensors")[f"{NAME}.weight"].float()
+    error = (model.get_submodule(NAME).dequantize(torch.float32) - weight).abs()
+    top = {"e5m2": 2.0**-3, "e4m3fnuz": 2.0**-4}[kind]  # half a step of the last bit of a mantissa
+    assert (error <= top * 1.01 * weight.abs() + 1e-6 * weight.abs().amax(1, keepdim=True)).float().mean() > 0.95
+
+
+def test_a_packed_router(tmp_path: Path) -> None:
+    """Before transformers 5 a router was a linear layer like any other."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = transformers.Qwen3MoeForCausalLM(config).eval()
+    source.save_pretrained(tmp_path / "dense")
+    anybit.quantize(tmp_path / "dense", tmp_path / "made", QuantoConfig(weights="int8"))
+    file, gate = tmp_path / "made" / "model.safetensors", "model.layers.0.mlp.gate"
+    stored = load_file(file)
+    weight = stored.pop(f"{gate}.weight")
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    one = torch.ones(())
+    own = {"weight._data": codes, "weight._scale": scale, "input_scale": one, "output_scale": one.clone()}
+    save_file({**stored, **{f"{gate}.{name}": tensor for name, tensor in own.items()}}, file, {"format": "pt"})
+    qmap = json.loads((tmp_path / "made" / "quanto_qmap.json").read_text())
+    qmap[gate] = {"weights": "qint8", "activations": "none"}
+    (tmp_path / "made" / "quanto_qmap.json").write_text(json.dumps(qmap))
+    model: Any = anybit.load(tmp_path / "made")
+    assert torch.equal(model.model.layers[0].mlp.gate.dequantize(), codes * scale)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        wanted = source(ids).logits
+        assert (model(ids).logits - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
 def test_what_an_embedding_and_a_conv1d_are_left_as(tmp_path: Path) -> None:
     plan = anybit.quantize(dense(tmp_path), tmp_path / "made", QuantoConfig(modules_to_not_convert=[]))
     reasons = {entry.slot.module: entry.reason for entry in plan.entries}

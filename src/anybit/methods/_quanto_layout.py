@@ -55,6 +55,11 @@ class QuantoLayout(Layout):
 
     algorithm = "quanto"
 
+    @property
+    def qtype(self) -> str:
+        """quanto's word for the codes."""
+        raise NotImplementedError
+
     def weight(self, tree: Node, found: Mapping[str, Tensor]) -> Weight:
         scales = {name: found[name] for name in SCALES}
         if self.activations is None:
@@ -114,6 +119,10 @@ class QuantoBytesLayout(QuantoLayout):
     kind: str = "int8"
 
     @property
+    def qtype(self) -> str:
+        return f"q{self.kind}"
+
+    @property
     def scale_shape(self) -> tuple[int, ...]:
         return (self.shape[0], 1) if self.shape[0] > 1 else ()
 
@@ -169,6 +178,10 @@ class QuantoBitsLayout(QuantoLayout):
     bits: int = 4
     shift_dtype: str = "float32"
     optimizer: str = "max"
+
+    @property
+    def qtype(self) -> str:
+        return f"qint{self.bits}"
 
     @property
     def group(self) -> int:
@@ -286,7 +299,7 @@ def quanto_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Produ
     activation = weight.activation
     assert activation is not None
     scale, kind = activation["input_scale"], activation.dtype
-    codes = rounded(x, scale, kind)
+    codes = rounded(x.contiguous(), scale, kind)  # sums come out the same, however the input lies in memory
     if _has_bytes(weight.tree):
         y = torch.cat([_byte_product(codes, part, scale, kind) for part in _row_parts(weight.tree)], dim=1).to(x.dtype)
     else:

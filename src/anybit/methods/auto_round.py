@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from anybit._lazy import LazyModule
 from anybit.errors import CheckpointError, ConfigError, InvalidOption, NotRepresentable, ShapeMismatch
@@ -57,6 +57,7 @@ class AutoRoundConfig(QuantizationConfigMixin):
     side_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
     loading_attributes: ClassVar[tuple[str, ...]] = ("backend",)
     optional: ClassVar[tuple[str, ...]] = ("extra_config", "data_type", "block_name_to_quantize")
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"auto-round-{bits}bit-g{group_size}": {"bits": bits, "group_size": group_size}
         for bits in (2, 3, 4, 8)
@@ -70,6 +71,17 @@ class AutoRoundConfig(QuantizationConfigMixin):
         check_type(self, "backend", str)
         check_type(self, "packing_format", str)
         check_objects(self, "extra_config")
+
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        made = type(self).from_dict(self.to_dict())
+        names = ("bits", "group_size", "sym")
+        own = {
+            module: {"bits": 16} if other is None else {name: getattr(other, name) for name in names}
+            for module, other in settings.items()
+        }
+        made.extra_config = {**(self.extra_config or {}), **own} or None
+        made.post_init()
+        return cast(QuantizationConfigMixin, made)
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:
@@ -236,7 +248,7 @@ class AutoRoundQuantizer(HfQuantizer):
             )
         if not {"qweight", "qzeros", "scales"} & set(stored):
             return None
-        if module.kind not in ("linear", "conv1d"):
+        if module.kind not in ("linear", "conv1d", "router"):
             raise NotRepresentable(
                 f"{module.name} is a packed {module.kind}; auto-round stores linear layers one by one"
             )

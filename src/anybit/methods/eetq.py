@@ -64,7 +64,7 @@ class EetqHfQuantizer(HfQuantizer):
         weight, scales = stored.get("weight"), stored.get("weight_scales")
         if scales is None and getattr(weight, "dtype", None) != "int8":
             return None
-        if module.kind != "linear":
+        if module.kind not in ("linear", "router"):
             raise NotRepresentable(f"{module.name} is a packed {module.kind}; EETQ's layout is one of linear layers")
         dtype = scales.dtype if scales is not None and scales.dtype in SCALES else "float16"
         layout = layouts.EetqLayout(module.shape, module.dtype, scale_dtype=dtype)

@@ -165,7 +165,7 @@ class HqqHfQuantizer(HfQuantizer):
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         if not {"W_q", "packing", "zero_scale"} & set(stored):
             return None
-        if module.kind != "linear":
+        if module.kind not in ("linear", "router"):
             raise NotRepresentable(f"{module.name} is a packed {module.kind}; hqq stores linear layers one by one")
         settings = {name: value for name in stored if (value := files.setting(name, stored[name], peek)) is not None}
         _check_complete(module, stored, settings)

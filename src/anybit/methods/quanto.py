@@ -154,7 +154,7 @@ class QuantoHfQuantizer(HfQuantizer):
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         if not any(name.startswith("weight._") for name in stored):
             return None
-        if module.kind != "linear":
+        if module.kind not in ("linear", "router"):
             raise NotRepresentable(
                 f"{module.name} is a packed {module.kind}; quanto quantizes linear layers one by one"
             )
@@ -244,6 +244,11 @@ class QuantoHfQuantizer(HfQuantizer):
         config = self.quantization_config
         dtype = module.dtype if module.dtype in ("float16", "bfloat16") else "float32"
         name = WEIGHTS[config.weights]
+        if config.qmap is not None:  # of a checkpoint that is made again
+            name = config.qmap.get(module.name, {"weights": "none"})["weights"]
+        if name not in (*BITS, *KINDS):
+            self.skip_reasons[module.name] = "quanto_qmap.json does not have it quantized"
+            return None
         if name in BITS:
             return layouts.QuantoBitsLayout(
                 module.shape, dtype, dtype, None, dtype, BITS[name], dtype, config.optimizer or "max"
@@ -251,8 +256,12 @@ class QuantoHfQuantizer(HfQuantizer):
         return layouts.QuantoBytesLayout(module.shape, dtype, dtype, None, dtype, KINDS[name])
 
     def made_files(self, layouts: Mapping[str, Layout]) -> Mapping[str, bytes]:
-        name = WEIGHTS[self.quantization_config.weights]
-        made = {module: {"weights": name, "activations": "none"} for module in layouts}
+        from anybit.methods._quanto_layout import QuantoLayout
+
+        made = {}
+        for module, layout in layouts.items():
+            assert isinstance(layout, QuantoLayout)
+            made[module] = {"weights": layout.qtype, "activations": "none"}
         return {QMAP: json.dumps(made, indent=4).encode()}
 
 
