@@ -27,7 +27,7 @@ from anybit.errors import (
 from anybit.methods._hqq_layout import HqqLayout, as_tensor
 from anybit.methods.hqq import layer_settings, tag_of
 from anybit.modules import PackedWeight
-from anybit.quantizers import AutoHfQuantizer
+from anybit.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from anybit.testing import random_weight
 from anybit.weight import ModuleInfo
 from anybit.weight.weight import same
@@ -190,6 +190,7 @@ def test_a_pickle_is_saved_as_safetensors_that_load_without_any_configuration(va
     model.save_pretrained(tmp_path / "saved")
     assert sorted(file.suffix for file in (tmp_path / "saved").iterdir() if "model" in file.name) == [".safetensors"]
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert isinstance(AutoQuantizationConfig.from_pretrained(tmp_path / "saved"), HqqConfig)
     again: Any = anybit.load(tmp_path / "saved")
     assert again.anybit_plan.method == "hqq"
     assert any(isinstance(module, PackedWeight) for module in again.modules())
@@ -198,6 +199,22 @@ def test_a_pickle_is_saved_as_safetensors_that_load_without_any_configuration(va
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (
         tmp_path / "saved" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["tf-2bit-g32-axis0-f16", "tf-3bit-g64-axis1-f32"])
+def test_what_transformers_loads_with_random_linears(variant: str) -> None:
+    """transformers 5.23 calls every W_q unexpected and leaves each linear as its class initialised it."""
+    golden = GOLDEN / "hqq" / variant
+    reference = load_file(golden / "reference.safetensors")
+    model: Any = anybit.load(golden)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    dense = {name.removeprefix("dense."): tensor for name, tensor in reference.items() if name.startswith("dense.")}
+    assert all(isinstance(model.get_submodule(name), PackedWeight) for name in linears)
+    for name, wanted in dense.items():
+        layer = model.get_submodule(name)
+        assert (layer.dequantize(torch.float32) - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+    tolerance = json.loads((golden / "fixture.json").read_text())["logits_atol"]
+    assert (logits(model, golden) - reference["logits"]).abs().max() <= tolerance
 
 
 def test_a_pickle_is_never_taken_for_dense(tmp_path: Path) -> None:

@@ -187,7 +187,9 @@ def without_map(variant: str, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("variant", ["float8-f32", "int2-g32-awkward-f16", "int4-g128-bf16"])
 def test_a_folder_that_lost_its_map_loads(variant: str, tmp_path: Path) -> None:
-    model: Any = anybit.load(without_map(variant, tmp_path))
+    folder = without_map(variant, tmp_path)
+    assert isinstance(AutoQuantizationConfig.from_pretrained(folder), QuantoConfig)
+    model: Any = anybit.load(folder)
     assert model.anybit_plan.method == "quanto"
     assert torch.equal(
         logits(model, GOLDEN / "quanto" / variant),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
 from anybit.errors import CorruptFile, InvalidOption, MissingTensor, NotRepresentable, ShapeMismatch
+from anybit.methods._headers import headers_of
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin, difference
 from anybit.quantizers.options import check_names, check_objects, listed
@@ -68,7 +69,8 @@ class HqqConfig(QuantizationConfigMixin):
     def found_in(cls, folder: Path, model_config: Mapping[str, Any]) -> dict[str, Any] | None:
         if (folder / OWN_FILE).is_file():
             return {"quant_method": cls.method, "quant_config": {}}  # each layer has its own settings
-        return super().found_in(folder, model_config)
+        inside = super().found_in(folder, model_config)
+        return cls.found_among(headers_of(folder, ".packing")) if inside is None else inside
 
     @classmethod
     def found_among(cls, tensors: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from anybit.errors import (
     NotRepresentable,
     ShapeMismatch,
 )
+from anybit.methods._headers import headers_of
 from anybit.quantizers import attachments
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
@@ -29,6 +30,8 @@ from anybit.quantizers.options import check_choice, check_names, check_objects, 
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anybit.methods import _quanto_layout as layouts
     from anybit.weight.layout import Layout, ModuleInfo
 else:  # needed for tensors, not to select the backend
@@ -86,13 +89,25 @@ class QuantoConfig(QuantizationConfigMixin):
         return {"weights": weights, "activations": commonest["activations"][0][0], "qmap": config_dict}
 
     @classmethod
+    def found_in(cls, folder: Path, model_config: Mapping[str, Any]) -> dict[str, Any] | None:
+        inside = super().found_in(folder, model_config)
+        if inside is not None:
+            return inside
+        return _shown_by({name: dtype for name, (dtype, _) in headers_of(folder, "._data").items()})
+
+    @classmethod
     def found_among(cls, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
-        kinds = Counter(
-            "int4" if name.endswith("._data._data") else "int8" if info.dtype == "int8" else "float8"
-            for name, info in tensors.items()
-            if name.endswith((".weight._data", ".weight._data._data"))
-        )
-        return {"quant_method": cls.method, "weights": kinds.most_common()[0][0]} if kinds else None
+        return _shown_by({name: info.dtype for name, info in tensors.items()})
+
+
+def _shown_by(dtypes: Mapping[str, str]) -> dict[str, Any] | None:
+    """The configuration of a folder without a map, from the names and dtypes of its tensors."""
+    kinds = Counter(
+        "int4" if name.endswith("._data._data") else "int8" if dtype in ("int8", "I8") else "float8"
+        for name, dtype in dtypes.items()
+        if name.endswith((".weight._data", ".weight._data._data"))
+    )
+    return {"quant_method": QuantoConfig.method, "weights": kinds.most_common()[0][0]} if kinds else None
 
 
 def _is_entry(value: Any) -> bool:
