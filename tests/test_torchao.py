@@ -76,6 +76,31 @@ def test_codes_scales_and_header_are_torchaos(case: str) -> None:
         assert same_bytes(made[layout.name(part)], TENSORS[f"{case}.{part}"]), part
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_reciprocals_are_rounded_as_scales_are(dtype: torch.dtype) -> None:
+    """torchao multiplies by 1 / scale taken in the dtype of the scale, here fewer bits than the weight has."""
+    quant_type = {
+        "_type": "IntxWeightOnlyConfig", "_version": 2,
+        "_data": {
+            "weight_dtype": {"_type": "torch.dtype", "_data": "int4"},
+            "granularity": {"_type": "PerGroup", "_version": 1, "_data": {"group_size": 32}},
+            "scale_dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
+        },
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(64, 96, generator=generator).to(dtype)
+    layout = configs.layout_of(quant_type, module_of(str(dtype).removeprefix("torch."), (64, 96)), "weight")
+    assert layout.algorithm is not None
+    made = layout.encode(algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options()))
+    groups = dense.view(64, 3, 32)
+    scale = (groups.abs().amax(-1) / 7.5).to(torch.bfloat16)
+    wanted = torch.round(groups.float() * (1.0 / scale)[..., None].float()).clamp(-8, 7)
+    assert torch.equal(made["._weight_scale"], scale)
+    assert torch.equal(made["._weight_qdata"].view(64, 3, 32).float(), wanted)
+    plain = torch.round(groups.float() / scale[..., None].float()).clamp(-8, 7)
+    assert not torch.equal(plain, wanted), "the weight does not tell the two rules apart"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_header_makes_the_layout_that_the_configuration_made(case: str) -> None:
     """What is read is what was written, except for how scales were found."""

@@ -42,8 +42,8 @@ def intx(low: Tensor, high: Tensor, *, dtype: str, scale_dtype: str, bits: int, 
         zero = torch.full_like(scale, int((last + first + 1) / 2))
     else:
         scale, zero = affine(low, high, first, last, mapping == "SYMMETRIC", smallest)
-    arithmetic = getattr(torch, wider(dtype, scale_dtype))
-    return {"scale": scale.to(getattr(torch, scale_dtype)).to(arithmetic), "zero": zero.to(arithmetic)}
+    # in its own dtype: torchao rounds the reciprocal to it, too, before it meets the weight
+    return {"scale": scale.to(getattr(torch, scale_dtype)), "zero": zero.to(getattr(torch, wider(dtype, scale_dtype)))}
 
 
 def int4(low: Tensor, high: Tensor) -> dict[str, Tensor]:
