@@ -18,6 +18,7 @@ from anybit._lazy import torch
 from anybit.errors import CorruptFile
 from anybit.methods._trees import fitted_tree, require_below, require_permutation
 from anybit.methods._words import require_finite
+from anybit.weight import packing
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codes, Grid, Node, Permute, Sparse, Sum, Values
 from anybit.weight.weight import Weight
@@ -39,7 +40,7 @@ class SpqrLayout(Layout):
 
     @property
     def tiles(self) -> tuple[int, int]:
-        return self.shape[0] // TILE, self.shape[1] // TILE
+        return self.shape[0] // TILE, -(-self.shape[1] // TILE)
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, columns = self.shape
@@ -84,8 +85,12 @@ class SpqrLayout(Layout):
         for position, name in enumerate(HALVES):
             require_finite(f"dense_weights ({name})", halves[..., position])
         by_row = words.transpose(1, 2).reshape(rows, across)
-        stream = (by_row >> 6).contiguous().view(torch.uint8).view(rows, across, 8)[..., :6]
-        codes = Codes(stream.reshape(rows, 6 * across), 3, columns)
+        stream = packing.words_to_rows(by_row >> 6).view(rows, across, 8)[..., :6].reshape(rows, 6 * across)
+        if bool(packing.unpack(stream, 3, TILE * across - columns, columns).any()):
+            raise CorruptFile(
+                f"tensor 'dense_weights' has codes behind the last of {columns} inputs; it was written for another shape"
+            )
+        codes = Codes(stream[:, : packing.row_bytes(columns, 3)].contiguous(), 3, columns)
         scale, zero = (Codes.of((by_row >> shift & 7).to(torch.uint8), 3) for shift in (0, 3))
         return codes, scale, zero, [halves[..., position].contiguous() for position in range(4)]
 
@@ -138,7 +143,8 @@ class SpqrLayout(Layout):
         assert isinstance(zero, Grid)
         assert isinstance(scale.codes, Codes)
         assert isinstance(zero.codes, Codes)
-        stream = torch.nn.functional.pad(grid.codes.packed.view(rows, across, 6), (0, 2))
+        stream = torch.nn.functional.pad(grid.codes.packed, (0, 6 * across - grid.codes.packed.shape[1]))
+        stream = torch.nn.functional.pad(stream.view(rows, across, 6), (0, 2))
         words = stream.contiguous().view(torch.int64)[..., 0] << 6
         words = words | scale.codes.integers().to(torch.int64) | zero.codes.integers().to(torch.int64) << 3
         parts = (scale.scale, zero.scale, scale.zero, zero.zero)
@@ -150,7 +156,7 @@ class SpqrLayout(Layout):
     def scheme(self) -> Weight:
         rows, columns = self.shape
         down, across = self.tiles
-        codes = Codes(meta("uint8", rows, 6 * across), 3, columns)
+        codes = Codes(meta("uint8", rows, packing.row_bytes(columns, 3)), 3, columns)
         small = Codes(meta("uint8", rows, -(-across * 3 // 8)), 3, across)
         halves = [meta("float16", down, across) for _ in HALVES]
         values = Values(meta("float16", 1, self.outliers))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
-from anybit.errors import NotRepresentable
+from anybit.errors import MissingTensor, NotRepresentable, ShapeMismatch
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_names, check_type, parameter_owners
@@ -52,7 +52,7 @@ class SpQRHfQuantizer(HfQuantizer):
     """SpQR's layout. What is quantized is told by the stored tensors: `dense_weights` or `weight`."""
 
     requires_calibration = True
-    layouts_available = False
+    layouts_available = True
 
     def skipped_modules(self) -> Sequence[str] | None:
         return parameter_owners(self.quantization_config.modules_to_not_convert)
@@ -63,11 +63,12 @@ class SpQRHfQuantizer(HfQuantizer):
         if module.kind != "linear":
             raise NotRepresentable(f"{module.name} is a packed {module.kind}; SpQR's layout is one of linear layers")
         rows, columns = module.shape
-        if rows % layouts.TILE or columns % layouts.TILE or columns > 1 << 15:
+        if rows % layouts.TILE or columns % 2 or columns > 1 << 15:
             raise NotRepresentable(
-                f"{module.name} has shape {module.shape}; SpQR is read in whole tiles of {layouts.TILE} x {layouts.TILE} (the "
-                "last tile of other shapes lacks scales) and up to 32768 inputs (columns of outliers are 16-bit numbers)"
+                f"{module.name} has shape {module.shape}; SpQR is read with a multiple of {layouts.TILE} outputs (the last "
+                "tiles of other numbers lack scales) and an even number of inputs up to 32768 (outliers name them in 16 bits)"
             )
+        self._check_lengths(module, stored)
         offsets, outliers, order = (stored.get(name) for name in ("row_offsets", "col_vals", "in_perm"))
         return layouts.SpqrLayout(
             module.shape,
@@ -76,3 +77,20 @@ class SpQRHfQuantizer(HfQuantizer):
             offsets is not None and tuple(offsets.shape) == (rows // layouts.TILE + 1,),
             "absent" if order is None else "empty" if tuple(order.shape) == (0,) else "stored",
         )
+
+    def _check_lengths(self, module: ModuleInfo, stored: Mapping[str, Any]) -> None:
+        """What `shapes` lists of the module is there, and as long as it says."""
+        for own in ("dense_weights", "row_offsets", "col_vals", "in_perm"):
+            listed = self.quantization_config.shapes.get(f"{module.name}.{own}.shape")
+            if listed in (None, 0) and own not in stored:
+                continue  # decode says what it cannot do without
+            if own not in stored:
+                raise MissingTensor(
+                    f"tensor '{module.name}.{own}' is not in the checkpoint, but the configuration's 'shapes' says that it has "
+                    f"{listed} entries; the file is incomplete, get it again"
+                )
+            if listed is not None and tuple(stored[own].shape) != (listed,):
+                raise ShapeMismatch(
+                    f"tensor '{module.name}.{own}' has shape {tuple(stored[own].shape)}; the configuration's 'shapes' says "
+                    f"{listed}. They belong to different checkpoints, or one is damaged"
+                )

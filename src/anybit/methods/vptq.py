@@ -95,7 +95,7 @@ class VptqHfQuantizer(HfQuantizer):
     """VPTQ's layout."""
 
     requires_calibration = True
-    layouts_available = False
+    layouts_available = True
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         if not {"indices", "centroids.weight"} & set(stored):
