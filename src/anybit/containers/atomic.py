@@ -23,19 +23,19 @@ except ImportError:  # Windows has no flock: leftovers of killed runs stay until
     fcntl = None  # type: ignore[assignment]
 
 
+STATE, NEW_STATE, RESULT = "state.json", "state.json.new", "result"  # in a folder of work that can be gone on with
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_failed(error: OSError, where: str) -> WriteError:
-    """The same failure with what was being written, and the cure."""
+def write_failed(error: OSError, where: str, lasting: bool = False) -> WriteError:
+    """The same failure with what was being written, and the cure. `lasting`: what was written stays for the next run."""
     cure = {
         errno.ENOSPC: "Free some space or choose another disk",
         errno.EDQUOT: "Free some space or ask for a larger quota",
         errno.EFBIG: "Raise the file size limit (ulimit -f) or write smaller shards (max_shard_size)",
     }.get(error.errno or 0, "Choose another output")
-    return WriteError(
-        f"{where} cannot be written: {error.strerror or error}. {cure}; nothing was left behind", error.errno
-    )
+    left = "the same command then goes on from there" if lasting else "nothing was left behind"
+    return WriteError(f"{where} cannot be written: {error.strerror or error}. {cure}; {left}", error.errno)
 
 
 @contextlib.contextmanager
@@ -77,6 +77,71 @@ def atomic_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator
             os.close(lock)
     if os.path.lexists(old):
         _remove(old, target)
+
+
+@contextlib.contextmanager
+def resumable_folder(path: str | os.PathLike[str], force: bool = False, restart: bool = False) -> Iterator[Path]:
+    """A folder `NAME.partial` beside `path` to work in; its folder `result` becomes `path` at the end of the `with` block.
+
+    An error leaves it for the next run if it holds a file `STATE`; `restart` begins with an empty one. `path` is treated as by
+    `atomic_folder`. Raises WriteError, too, when another process is working there.
+    """
+    target = Path(os.path.abspath(path))
+    work = target.with_name(f"{target.name}.partial")
+    _check_target(target, force)
+    made: list[Path] = []
+    lock = None
+    try:
+        try:
+            made = _make_parents(target.parent)
+            _clean(target)
+            _check_target(target, force)
+            if work.exists() and not _is_work(work):
+                raise FileExistsError(f"{work} is needed to work in, but holds something else. Move it away")
+            work.mkdir(exist_ok=True)
+            lock = _lock(work)
+            if restart or not (work / STATE).exists():
+                _empty(work)
+            (work / RESULT).mkdir(exist_ok=True)
+        except FileExistsError:
+            raise
+        except BlockingIOError as error:
+            raise WriteError(f"another process is making {target} in {work}. Wait for it, or stop it") from error
+        except OSError as error:
+            raise write_failed(error, str(work)) from error
+        yield work
+        _flush(work / RESULT)
+        _check_target(target, force)
+        old = _exchange(work / RESULT, target)
+        shutil.rmtree(work, ignore_errors=True)
+    except BaseException as error:
+        if lock is not None and not (work / STATE).exists():
+            shutil.rmtree(work, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+        if isinstance(error, OSError) and error.errno in DISK_FULL and not isinstance(error, WriteError):
+            raise write_failed(error, error.filename or str(work), (work / STATE).exists()) from error
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    if os.path.lexists(old):
+        _remove(old, target)
+
+
+def _is_work(work: Path) -> bool:
+    """Whether a folder is what an earlier run left: it has a state, or nothing but the beginning of a result."""
+    return work.is_dir() and ((work / STATE).is_file() or {file.name for file in work.iterdir()} <= {RESULT, NEW_STATE})
+
+
+def _empty(work: Path) -> None:
+    (work / STATE).unlink(missing_ok=True)  # first: without it, whatever else is left counts as nothing
+    for file in work.iterdir():
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def _exchange(folder: Path, target: Path) -> Path:
@@ -181,7 +246,7 @@ def _not_replaceable(target: Path) -> str:
     names = os.listdir(target)
     if ".git" in names:
         return "it is a git checkout"
-    if names and "config.json" not in names:
+    if names and "config.json" not in names and not all(name.endswith(".gguf") for name in names):
         return f"it holds no config.json, so it is no model folder ({len(names)} entries, such as {sorted(names)[0]!r})"
     return ""
 

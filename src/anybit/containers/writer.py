@@ -37,7 +37,8 @@ class SafetensorsWriter:
     `files`: name -> file name, to repeat a given division (default: `split` by `max_shard_size`). Several files get an index
     with `index_metadata` beside the total size. `shrinking`: names of small tensors of one dimension whose length is known
     only when they are made, and announced as the longest they can be; they lie behind the others of their file.
-    Leaving the block with an error removes the files; leaving it with a tensor missing is one.
+    Leaving the block with an error removes the files; leaving it with a tensor missing is one. `written`, when given: the
+    files may be there from a broken run and hold these tensors, and an error leaves them for the next one.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SafetensorsWriter:
         files: Mapping[str, str] | None = None,
         index_metadata: Mapping[str, Any] | None = None,
         shrinking: Collection[str] = (),
+        written: Collection[str] | None = None,
     ):
         self.folder = Path(folder)
         order = sorted(specs, key=lambda name: name in shrinking)  # stable
@@ -68,12 +70,14 @@ class SafetensorsWriter:
             raise UnexpectedTensor(f"tensor {shorten(odd)} has a file or a shape, but not both")
         self.index_metadata = {**(index_metadata or {}), "total_size": sum(sizes.values())}
         self._shards: dict[str, _Shard] = {
-            file: _Shard(self.folder / file, metadata)
+            file: _Shard(self.folder / file, metadata, written is not None)
             for file in dict.fromkeys(self.file_of.values()) or ("model.safetensors",)
         }
         for name, spec in self.specs.items():
             self._shards[self.file_of[name]].announce(name, spec, sizes[name])
-        self._written: set[str] = set()
+        self._written: set[str] = set(written or ())
+        for name in self._written:
+            self._shards[self.file_of[name]].missing -= 1
 
     def __enter__(self) -> SafetensorsWriter:
         try:
@@ -112,7 +116,7 @@ class SafetensorsWriter:
                 f"tensor {shorten(name)} is {'meta' if tensor.is_meta else tensor.layout}; it has no bytes to write"
             )
         shard = self._shards[self.file_of[name]]
-        data = _bytes(tensor)
+        data = tensor_bytes(tensor)
         if name in self._shrinking:
             shard.late[name] = bytes(data)
             self.index_metadata["total_size"] += len(data) - bytes_of(name, self.specs[name])
@@ -123,6 +127,11 @@ class SafetensorsWriter:
         if not shard.missing:
             shard.shrink()
             shard.close()
+
+    def sync(self) -> None:
+        """What was written so far is on the disk."""
+        for shard in self._shards.values():
+            shard.sync()
 
     def _finish(self) -> None:
         missing = [name for name in self.specs if name not in self._written]
@@ -149,8 +158,9 @@ class SafetensorsWriter:
 class _Shard:
     """One file: its header, and where each tensor's bytes go."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, str] | None):
+    def __init__(self, path: Path, metadata: Mapping[str, str] | None, lasting: bool = False):
         self.path = path
+        self.lasting = lasting  # it may be there from a broken run, and stays after an error
         self.header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self.place: dict[str, int] = {}
         self.size = 0
@@ -183,8 +193,9 @@ class _Shard:
             )
         self.start = 8 + len(header)
         try:
-            with open(self.path, "xb", buffering=0) as file:
-                self.created = True
+            mode = "r+" if self.lasting and self.path.exists() else "x"
+            with FileIO(self.path, mode) as file:
+                self.created = not self.lasting
                 self._reserve(file.fileno(), self.start + self.size)
                 _write_all(file, memoryview(len(header).to_bytes(8, "little") + header))
         except OSError as error:
@@ -233,6 +244,13 @@ class _Shard:
             raise self._failed(error) from error
         self.late = {}
 
+    def sync(self) -> None:
+        if self.handle is not None:
+            try:
+                os.fsync(self.handle.fileno())
+            except OSError as error:
+                raise self._failed(error) from error
+
     def close(self) -> None:
         if self.handle is not None:
             try:
@@ -254,10 +272,10 @@ class _Shard:
         if isinstance(error, FileExistsError):
             return FileExistsError(f"{self.path} exists; the writer makes new files only")
         where = f"{self.path}, tensor {shorten(name)}" if name else f"{self.path} ({self.start + self.size} bytes)"
-        return write_failed(error, where)
+        return write_failed(error, where, self.lasting)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor; without a copy where it is contiguous on the CPU."""
     if not tensor.numel():
         return memoryview(b"")

@@ -6,6 +6,7 @@ size of the model. The folder appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from anybit.containers.writer import SafetensorsWriter, aligned_order, atomic_folder
+from anybit.containers.atomic import RESULT, atomic_folder, resumable_folder
+from anybit.containers.writer import SafetensorsWriter, aligned_order
+from anybit.engine.resume import Journal, Resume
+from anybit.errors import AnybitError, WriteError
 
 Spec = tuple[str, tuple[int, ...]]  # dtype name, shape
 
@@ -59,12 +63,13 @@ def write_checkpoint(
     force: bool = False,
     merge: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    resume: Resume | None = None,
 ) -> Path:
     """Write weights, config.json and side files to the folder `target`, atomically; returns it.
 
     `like`: lay the same tensors out as they were, unless `max_shard_size` says otherwise; else headers say `metadata`.
     Raises FileExistsError unless `force`; with `merge`, a folder that holds no model yet (a tokenizer, say) is added to.
-    Nothing is left behind on any error.
+    Nothing is left behind on any error; with `resume`, what is done stays after one that has no cause in the job itself.
     """
     specs: dict[str, Spec] = {}
     for job in jobs:
@@ -86,7 +91,16 @@ def write_checkpoint(
                 os.replace(file, target / file.name)
         shutil.rmtree(inside)
         return target
-    with atomic_folder(target, force=force) as folder:
+    with contextlib.ExitStack() as stack:
+        journal = None
+        if resume is None:
+            folder = stack.enter_context(atomic_folder(target, force=force))
+        else:
+            work = stack.enter_context(resumable_folder(target, force=force, restart=resume.restart))
+            folder, journal = work / RESULT, Journal(work, resume)
+            resume.begin(work)
+        # a tensor of unknown length is placed when all are there, so a broken run has to make it again
+        kept = {number for number in (journal.done if journal is not None else ()) if not jobs[number].shrinking}
         with SafetensorsWriter(
             folder,
             specs,
@@ -94,11 +108,20 @@ def write_checkpoint(
             metadata=dict(like.metadata) if same and like is not None else dict(metadata or {"format": "pt"}),
             files=like.files if same and like is not None else None,
             shrinking=shrinking,
+            written=None if journal is None else {name for number in kept for name in jobs[number].specs},
         ) as writer:
             for number, job in enumerate(jobs):
-                made = dict(job.make())
-                for name in list(made):
-                    writer.write(name, made.pop(name))
+                if number not in kept:
+                    try:
+                        made = dict(job.make())
+                    except AnybitError as error:
+                        if journal is not None and not isinstance(error, WriteError):
+                            journal.drop()  # the next run would end there as well
+                        raise
+                    for name in list(made):
+                        writer.write(name, made.pop(name))
+                    if journal is not None:
+                        journal.finished(number, writer.sync, number + 1 == len(jobs))
                 if progress is not None:
                     progress(job.label, number + 1, len(jobs))
         for file in copy_from:
@@ -107,6 +130,8 @@ def write_checkpoint(
             (folder / name).write_bytes(content)
         text = config if isinstance(config, bytes) else (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
         (folder / "config.json").write_bytes(text)
+        if resume is not None:
+            resume.check()
     return target
 
 
