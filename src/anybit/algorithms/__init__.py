@@ -8,6 +8,10 @@ An algorithm file has one public function:
 device, whose tree says what must be filled in. The result has the target's structure and lies on dense.device.
 Options are keyword-only with defaults; an unknown one is a TypeError at the call. A tree the algorithm cannot fill raises
 NotRepresentable, naming the node.
+
+With calibration data there are two more kinds. A rounding that is trained has `Rounding` and `tune` (autoround.py). A folding
+has `candidates(weights, inputs, largest, group)`: scales [in] for matrices that share an input, whose inverse goes into what
+makes that input; it comes before a rounding: "awq" (then the layout's own rounding), "awq+gptq", "smoothquant+gptq".
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from anybit.errors import InvalidOption, did_you_mean
@@ -42,5 +48,41 @@ def get(name: str) -> Callable[..., Weight]:
         raise InvalidOption(
             f"no algorithm is called {name!r}{did_you_mean(name, known) or '.'} Known: {', '.join(known)}"
         )
-    quantize: Callable[..., Weight] = importlib.import_module(f"{__name__}.{name}").quantize
+    quantize: Callable[..., Weight] | None = getattr(importlib.import_module(f"{__name__}.{name}"), "quantize", None)
+    if quantize is None:
+        raise InvalidOption(f"{name!r} needs calibration data; pass calibration=")
     return quantize
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done to a block: weights are rescaled by `foldings`, then rounded. `rounding` None: as their layout does."""
+
+    foldings: tuple[str, ...]
+    rounding: str | None
+
+
+def steps(name: str) -> Steps:
+    """The steps that "a+b+c" names; InvalidOption for an unknown one or a wrong order."""
+    found = name.split("+")
+    for step in found:
+        if step not in names():
+            raise InvalidOption(
+                f"no algorithm is called {step!r}{did_you_mean(step, names()) or '.'} Known: {', '.join(names())}"
+            )
+    foldings = [step for step in found if hasattr(module(step), "candidates")]
+    roundings = found[len(foldings) :]
+    if foldings != found[: len(foldings)] or len(roundings) > 1:
+        raise InvalidOption(
+            f"algorithm is {name!r}; it must be foldings ({', '.join(_foldings())}) and then at most one rounding, e.g. awq+gptq"
+        )
+    return Steps(tuple(foldings), roundings[0] if roundings else None)
+
+
+def module(name: str) -> ModuleType:
+    """The file of one algorithm."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _foldings() -> list[str]:
+    return [name for name in names() if hasattr(module(name), "candidates")]

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,18 @@ SAMPLES, LENGTH, SEED = 128, 512, 0
 
 
 def calibration_tokens(
-    calibration: Any, tokenizer_folder: Path, *, samples: int = SAMPLES, length: int = LENGTH, seed: int = SEED
+    calibration: Any,
+    tokenizer_folder: Path,
+    *,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    tokenizer: Any = None,
 ) -> Tensor:
     """int64 [samples, length] from text, a list of texts, a file (.txt, .jsonl with "text", .parquet) or token ids.
 
     Texts are joined and cut into rows; `samples` of them are drawn, the same ones for the same `seed`. Fewer rows than asked
-    for are taken as they are; less than one row is an error.
+    for are taken as they are; less than one row is an error. `tokenizer`: another than the folder's, or a path to one.
     """
     if isinstance(calibration, Tensor):
         tokens = calibration.to(torch.int64)
@@ -46,13 +52,15 @@ def calibration_tokens(
     texts = _texts(calibration)
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{tokenizer_folder} has no tokenizer that transformers can read ({str(error).splitlines()[0]}); pass token ids"
-        ) from error
-    tokenizer.model_max_length = 1 << 62  # whole texts are cut into rows below
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        folder = tokenizer_folder if tokenizer is None else tokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} has no tokenizer that transformers can read ({str(error).splitlines()[0]}); pass token ids"
+            ) from error
+        tokenizer.model_max_length = 1 << 62  # whole texts are cut into rows below
     flat = torch.tensor(
         [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64
     )
@@ -118,8 +126,12 @@ class Observed:
         self.tokens = total
 
 
-# quantize(entry, observed per part) -> the dense weight that takes its place, in the model's orientation
-Quantize = Callable[[Entry, list[Observed]], Tensor]
+# quantize(entry, what each expert or, under None, the layer saw) -> the dense weight that takes its place, as the model holds it
+Quantize = Callable[[Entry, "Mapping[int | None, Observed] | None"], Tensor]
+# fold(weights by parameter): rescales them, and what makes their inputs, in the loaded block
+Fold = Callable[[Mapping[str, Entry]], None]
+# train(weights by parameter, the dense block's outputs): quantizes them all and sets them in the loaded block
+Train = Callable[[Mapping[str, Entry], Sequence[Tensor]], None]
 
 
 class _Stop(Exception):
@@ -128,7 +140,11 @@ class _Stop(Exception):
 
 @dataclass
 class Calibrator:
-    """Drives a prepared model over tokens. `entries` of a block are handed to `quantize` in the order in which they run."""
+    """Drives a prepared model over tokens. `entries` of a block are handed to `quantize` in the order in which they run.
+
+    `hidden`: what enters the next block, made by the quantized ones before it. `reference`: the same made by the dense ones,
+    for algorithms that train; None until a block was trained, as then both are the same.
+    """
 
     ready: Prepared
     tokens: Tensor
@@ -136,6 +152,7 @@ class Calibrator:
     batch: int = 4
     hidden: list[Tensor] = field(default_factory=list)
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    reference: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.model = self.ready.model
@@ -184,34 +201,58 @@ class Calibrator:
         for key in outside:
             self._drop(key)
 
-    def run(self, number: int, quantize: Quantize) -> None:
-        """Calibrate and quantize one block, then move the samples on through its quantized form."""
+    def run(
+        self,
+        number: int,
+        quantize: Quantize,
+        *,
+        fold: Fold | None = None,
+        train: Train | None = None,
+        observe: bool = True,
+    ) -> None:
+        """Calibrate and quantize one block, then move the samples on through its quantized form.
+
+        `fold` comes first. With `train`, it does what else `quantize` is called for weight by weight. `observe`: whether
+        `quantize` is told what the weight's inputs were.
+        """
         start = self.names(number) + "."
         for key in self.ready.names.state:
             if key.startswith(start):
                 self._load(key)
         self._compute_buffers()
         wanted = {entry.slot.parameter: entry for entry in self.entries(number) if entry.action == "quantize"}
-        for group in self._groups(number, wanted):
-            seen = self._observed(group)
-
-            def add(entry: Entry, x: Tensor, expert: int | None, seen: dict[int | None, Observed] = seen) -> None:
-                seen[expert].add(x)
-
-            with _listening(self.model, group[:1], add):  # one input, so one of the layers tells it for all
-                for _ in self._forward(number):
-                    pass
-            for entry in group:
-                dense = quantize(entry, [seen[part.index[0]] for part in entry.parts])
-                set_tensor(self.model, entry.slot.parameter, dense.to(self.ready.plan.dtype), self.device)
-        self.hidden = list(self._forward(number))
+        if train is not None:
+            reference = list(self.forward(number, self.reference))
+        if fold is not None:
+            fold(wanted)
+        if train is not None:
+            train(wanted, reference)
+            self.reference = reference
+        else:
+            for group in self._groups(number, wanted) if observe else [[entry] for entry in wanted.values()]:
+                seen = self._observed(group) if observe else None
+                if seen is not None:
+                    self._observe(number, group[0], seen)  # one input, so one of the layers tells it for all
+                for entry in group:
+                    dense = quantize(entry, seen)
+                    set_tensor(self.model, entry.slot.parameter, dense.to(self.ready.plan.dtype), self.device)
+        self.hidden = list(self.forward(number))
         for key in self.ready.names.state:
             if key.startswith(start):
                 self._drop(key)
 
-    def _forward(self, number: int) -> Iterator[Tensor]:
+    def _observe(self, number: int, entry: Entry, seen: Mapping[int | None, Observed]) -> None:
+        def add(entry: Entry, x: Tensor, expert: int | None) -> None:
+            seen[expert].add(x)
+
+        with listening(self.model, [entry], add):
+            for _ in self.forward(number):
+                pass
+
+    def forward(self, number: int, inputs: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """The block's outputs, batch by batch; of the samples as they are, or of these hidden states."""
         block = self.blocks[number]
-        for hidden, (args, kwargs) in zip(self.hidden, self.arguments, strict=True):
+        for hidden, (args, kwargs) in zip(self.hidden if inputs is None else inputs, self.arguments, strict=True):
             with torch.no_grad():
                 out = block(hidden, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
@@ -238,8 +279,8 @@ class Calibrator:
             alive.append(x)
             order.append((x.data_ptr(), entry))
 
-        with _listening(self.model, wanted.values(), note):
-            next(self._forward(number))
+        with listening(self.model, wanted.values(), note):
+            next(self.forward(number))
         groups: list[list[Entry]] = []
         done: set[str] = set()
         last = None
@@ -309,7 +350,7 @@ Tell = Callable[[Entry, Tensor, "int | None"], None]
 
 
 @contextlib.contextmanager
-def _listening(model: nn.Module, entries: Iterable[Entry], tell: Tell) -> Iterator[None]:
+def listening(model: nn.Module, entries: Iterable[Entry], tell: Tell) -> Iterator[None]:
     """Calls `tell` with the input of every product with one of the entries' weights."""
     handles: list[Any] = []
     observed: dict[str, Any] = {}

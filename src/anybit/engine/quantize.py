@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybit import algorithms
 from anybit.containers import Checkpoint
-from anybit.engine.calibration import LENGTH, SAMPLES, SEED, Calibrator, Observed, calibration_tokens
+from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens
 from anybit.engine.load import Prepared, Progress, prepare
-from anybit.engine.materialize import dense_part, make_weight
+from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, Plan
 from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import ConfigError
-from anybit.weight import Layout, Weight
 from anybit.weight.layout import join_name
 
 Fold = Callable[[Tensor], Tensor]  # float32 -> float32 of one shape
@@ -31,6 +29,7 @@ def quantize(
     *,
     calibration: Any = None,
     algorithm: str | None = None,
+    algorithm_options: Mapping[str, Any] | None = None,
     samples: int = SAMPLES,
     sequence_length: int = LENGTH,
     seed: int = SEED,
@@ -46,13 +45,16 @@ def quantize(
 
     Without `calibration`, memory stays at one weight, whatever the size of the model. With it (text, a list of texts, a .txt,
     .jsonl or .parquet file, or token ids [samples, length]; `samples` rows of `sequence_length` tokens are drawn with `seed`),
-    the method's calibrated `algorithm`, or the one named, sees what each layer's inputs are; memory then is one decoder block
-    and the samples' hidden states. `dtype`: of what stays dense (default: as stored);
+    the method's calibrated `algorithm`, or the one named (several: "awq+gptq"), sees what each layer's inputs are; memory then
+    is one decoder block and the samples' hidden states. A configuration with `dataset=[texts]` is calibrated with those.
+    `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq.
+    `dtype`: of what stays dense (default: as stored);
     `device`: where weights are quantized. The source is never touched; `dst` appears only when it is complete.
     Raises ConfigError (also for a source that is already quantized), CheckpointError, FileExistsError without `force`.
     """
     if quantization_config is None:
         raise ConfigError("quantize needs a configuration, e.g. BitsAndBytesConfig(load_in_4bit=True)")
+    calibration, quantization_config, tokenizer = _asked_for(calibration, quantization_config)
     ready = prepare(
         src, quantization_config, dtype=dtype, device_map=device, allow_pickle=allow_pickle, hub_options=hub_options
     )
@@ -66,9 +68,15 @@ def quantize(
     jobs: list[Job] = []
     done: set[str] = set()
     if calibration is not None:
-        tokens = calibration_tokens(calibration, ready.folder, samples=samples, length=sequence_length, seed=seed)
-        jobs, done = calibrated_jobs(ready, tokens, algorithm, torch.device(device))
-    elif algorithm is not None:
+        from anybit.engine.calibrated import calibrated_jobs
+
+        tokens = calibration_tokens(
+            calibration, ready.folder, samples=samples, length=sequence_length, seed=seed, tokenizer=tokenizer
+        )
+        jobs, done = calibrated_jobs(
+            ready, tokens, algorithm, torch.device(device), None if keep else ready.plan.dtype, algorithm_options
+        )
+    elif algorithm is not None or algorithm_options:
         raise ConfigError(f"algorithm={algorithm!r} is run on calibration data; pass calibration=")
     for entry in ready.plan.entries:
         if entry.slot.parameter in done:
@@ -95,6 +103,24 @@ def quantize(
     return ready.plan
 
 
+def _asked_for(calibration: Any, config: Any) -> tuple[Any, Any, Any]:
+    """Calibration data, configuration and tokenizer: a configuration may carry its own texts, which no checkpoint keeps."""
+    texts = getattr(config, "dataset", None)
+    tokenizer = getattr(config, "tokenizer", None)
+    if texts is None and tokenizer is None:
+        return calibration, config, None
+    if isinstance(texts, str):
+        raise ConfigError(
+            f"{type(config).__name__} asks for the data set {texts!r}, which would have to be downloaded; pass its text: "
+            "calibration=FILE, or dataset=[texts]"
+        )
+    own = copy.copy(config)
+    own.dataset = own.tokenizer = None
+    if texts is not None and not texts:
+        raise ConfigError(f"{type(config).__name__} has an empty dataset; give it texts, or leave it out")
+    return (texts if calibration is None else calibration), own, tokenizer
+
+
 def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
     specs: dict[str, Spec] = {}
     shrinking: set[str] = set()
@@ -115,86 +141,6 @@ def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
         return made
 
     return Job(entry.slot.module, specs, make, frozenset(shrinking))
-
-
-# --- calibrated ------------------------------------------------------------------------------------------------------------
-
-
-def calibrated_jobs(
-    ready: Prepared, tokens: Tensor, algorithm: str | None, device: torch.device
-) -> tuple[list[Job], set[str]]:
-    """One job for each decoder block, and the weights they make; others are quantized without calibration."""
-    assert ready.quantizer is not None
-    name = algorithm or ready.quantizer.calibrated_algorithm
-    if name is None:
-        raise ConfigError(
-            f"{ready.quantizer.method_name} has no calibrated algorithm of its own; name one, e.g. algorithm='gptq', or leave "
-            "out calibration"
-        )
-    run = algorithms.get(name)
-    options = ready.quantizer.calibration_options() if name == ready.quantizer.calibrated_algorithm else {}
-    calibrator = Calibrator(ready, tokens, device)
-    jobs: list[Job] = []
-    covered: set[str] = set()
-    for number in range(len(calibrator.blocks)):
-        entries = [entry for entry in calibrator.entries(number) if entry.action == "quantize"]
-        if options.get("order") == "columns":
-            for entry in entries:
-                entry.parts = [replace(part, layout=_ordered(part.layout)) for part in entry.parts]
-        specs: dict[str, Spec] = {}
-        for entry in entries:
-            for part in entry.parts:
-                assert part.layout is not None
-                specs |= {join_name(part.prefix, own): spec for own, spec in part.layout.specs().items()}
-        covered |= {entry.slot.parameter for entry in entries}
-        jobs.append(Job(calibrator.names(number), specs, _block(ready, calibrator, number, run, options)))
-    return jobs, covered
-
-
-def _ordered(layout: Layout | None) -> Layout:
-    found = layout.ordered() if layout is not None else None
-    if found is None:
-        raise ConfigError(f"{type(layout).__name__} cannot store columns in another order; leave out desc_act")
-    return found
-
-
-def _block(
-    ready: Prepared, calibrator: Calibrator, number: int, run: Callable[..., Weight], options: Mapping[str, Any]
-) -> Callable[[], dict[str, Tensor]]:
-    enough = max(1, calibrator.tokens.numel() // 200)  # fewer tokens say too little, as in gptqmodel: half a percent
-
-    def make() -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-
-        def quantize_entry(entry: Entry, observed: list[Observed]) -> Tensor:
-            rows: dict[int | None, list[Tensor]] = {}
-            few = sum(seen.tokens < enough for seen in observed)
-            for part, seen in zip(entry.parts, observed, strict=True):
-                layout = part.layout
-                assert layout is not None
-                dense = dense_part(ready.model, entry, part, ready.checkpoint).to(calibrator.device, torch.float32)
-                if seen.tokens < enough and layout.algorithm is not None:
-                    weight = algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
-                else:
-                    own = algorithms.accepted(run, layout.algorithm_options())
-                    weight = run(dense, layout.scheme(), hessian=seen.hessian, **own, **options)
-                stored = layout.encode(weight)
-                made.update({join_name(part.prefix, name): tensor.cpu() for name, tensor in stored.items()})
-                rows.setdefault(part.index[0], []).append(layout.decode(stored).to_dense(torch.float32))
-            entry.reason = f"calibrated with {observed[0].tokens} tokens" + (
-                f"; {few} of {len(observed)} units saw fewer than {enough} and were rounded to nearest" if few else ""
-            )
-            experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
-            dense = experts[0] if None in rows else torch.stack(experts)
-            return dense.transpose(-1, -2).contiguous() if entry.slot.transposed else dense
-
-        if number == 0:
-            calibrator.begin()
-        calibrator.run(number, quantize_entry)
-        ready.checkpoint.release()
-        return made
-
-    return make
 
 
 # --- shared with dequantize ------------------------------------------------------------------------------------------------
