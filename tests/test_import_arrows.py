@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "modules": BASE | {"weight", "kernels"},
     "engine": BASE | MIDDLE | {"weight", "quantizers"},
     "huggingface": BASE | MIDDLE | {"weight", "quantizers", "engine"},
-    "cli": BASE | MIDDLE | {"weight", "quantizers", "engine", "huggingface"},
+    "reporting": BASE | MIDDLE | {"weight", "quantizers", "engine"},
+    "cli": BASE | MIDDLE | {"weight", "quantizers", "engine", "huggingface", "reporting"},
     "testing": BASE | MIDDLE | {"weight", "quantizers", "engine", "huggingface"},
 }
 # names in annotations and file names looked up at run time: (from, to)

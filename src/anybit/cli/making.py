@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from anybit.cli.errors import UsageMistake
 from anybit.cli.options import (
     ConfigFile,
     Debug,
@@ -47,6 +50,18 @@ def quantize(
     samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Which rows are drawn.")] = 0,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Also write a report (report.html) and a model card (README.md) into the output."
+        ),
+    ] = False,
+    report_text: Annotated[
+        Path | None,
+        typer.Option(
+            "--report-text", help="With --report: measure quality on this text.", metavar="FILE", dir_okay=False
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     max_shard_size: Shard = "5GB",
@@ -62,11 +77,13 @@ def quantize(
     anybit quantize meta-llama/Llama-3.2-1B -o llama-nf4 --scheme nf4
     """
     wanted = chosen(scheme, method, set_, config, required=True)
+    if report_text is not None and not report:
+        raise UsageMistake("--report-text goes with --report")
     out = Output(as_json, quiet)
     from anybit.engine.quantize import quantize as run
 
     begin = time.perf_counter()
-    with out.progress("quantize") as report:
+    with out.progress("quantize") as progress:
         plan = run(
             path,
             output,
@@ -80,9 +97,23 @@ def quantize(
             device=main_device(device),
             max_shard_size=max_shard_size,
             force=force,
-            progress=report,
+            progress=progress,
         )
     _written(out, "quantized", plan, output, time.perf_counter() - begin)
+    if report:
+        from anybit.reporting import gather, write_card, write_page
+
+        with out.progress("report") as progress:
+            facts = gather(
+                output,
+                command=shlex.join(["anybit", *sys.argv[1:]]),
+                reference=path,
+                text=report_text,
+                progress=progress,
+            )
+        write_page(facts, output / "report.html")
+        write_card(facts, output, force=True)
+        out.remark(f"report: {output / 'report.html'}")
 
 
 def dequantize(

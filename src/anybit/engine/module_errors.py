@@ -75,12 +75,11 @@ def module_errors(
 
 def _weight_noise(name: str, module: PackedWeight, reference: nn.Module) -> tuple[float, float]:
     """Squared norms of the reference's weight and of the difference."""
-    twin = _twin(reference, name)
     signal = noise = 0.0
     weight = module.quantized_weight
     for expert in range(weight.shape[0]) if len(weight.shape) == 3 else [None]:
         own = (weight if expert is None else weight.select(expert)).to_dense(torch.float32)
-        expected = _dense(twin, expert, isinstance(module, QuantExperts) and module.transposed)
+        expected = dense_twin(name, module, reference, expert)
         if "meta" in (own.device.type, expected.device.type):
             raise InvalidOption(
                 f"{name} is offloaded to disk; errors per module need the weights in memory (device_map)"
@@ -94,6 +93,11 @@ def _weight_noise(name: str, module: PackedWeight, reference: nn.Module) -> tupl
         signal += float(expected.square().sum(dtype=torch.float64))
         noise += float((own - expected).square().sum(dtype=torch.float64))
     return signal, noise
+
+
+def dense_twin(name: str, module: PackedWeight, reference: nn.Module, expert: int | None = None) -> Tensor:
+    """The reference's float32 weight [out, in] of the packed module called `name`; of a stack, that of one expert."""
+    return _dense(_twin(reference, name), expert, isinstance(module, QuantExperts) and module.transposed)
 
 
 def _twin(reference: nn.Module, name: str) -> Any:

@@ -1,0 +1,75 @@
+"""The model card: README.md with the metadata that the hub understands, and the report's figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from anybit.errors import WriteError
+from anybit.reporting.facts import Facts
+
+
+def write_card(facts: Facts, folder: Path, force: bool = False) -> Path:
+    """Write `folder`/README.md. Raises WriteError if there is one that anybit did not write, without `force`."""
+    path = folder / "README.md"
+    if path.exists() and not force and "- anybit\n" not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise WriteError(f"{path} exists and is not a card of anybit's; replace it with force (--force), or move it")
+    path.write_text(card(facts), encoding="utf-8")
+    return path
+
+
+def card(facts: Facts) -> str:
+    """YAML metadata, then what was measured and how to use and repeat it."""
+    name = Path(facts.path).resolve().name
+    base = _hub_id(facts.reference)
+    metadata = ["library_name: transformers", "tags:", "- anybit", f"- {facts.method}"]
+    if base is not None:
+        metadata += [f"base_model: {base}", "base_model_relation: quantized"]
+    rows = [
+        ("method", facts.method),
+        ("bits per packed weight", f"{facts.bits_per_weight:.2f}"),
+        ("weights that are packed", f"{facts.plan['coverage']:.1%}"),
+        (
+            "bytes on disk",
+            f"{facts.plan['bytes_on_disk']:,}" + (f" (before: {facts.dense_bytes:,})" if facts.dense_bytes else ""),
+        ),
+    ]
+    found = facts.evaluation
+    if found is not None:
+        before = f" (before: {found.reference_perplexity:.3f})" if found.reference_perplexity is not None else ""
+        rows.append(("perplexity", f"{found.perplexity:.3f}{before}"))
+        if found.kl is not None and found.top1 is not None:
+            rows += [("KL, nats per token", f"{found.kl:.4f}"), ("same first choice as before", f"{found.top1:.1%}")]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    protocol = f"\nMeasured: {found.protocol}.\n" if found is not None else ""
+    return f"""---
+{chr(10).join(metadata)}
+---
+
+# {name}
+
+Quantized with [anybit](https://pypi.org/project/anybit/) {facts.versions["anybit"]}.
+
+| | |
+|---|---|
+{table}
+{protocol}
+```python
+from anybit import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
+```
+
+To do it again:
+
+```
+{facts.command}
+```
+"""
+
+
+def _hub_id(reference: str | None) -> str | None:
+    """`owner/name`, if that is what the reference was given as: a folder on somebody's disk is no metadata."""
+    if reference is None or Path(reference).exists() or reference.count("/") != 1:
+        return None
+    return reference
