@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from anybit import algorithms
+from anybit.engine.budget import BATCH
 from anybit.engine.calibration import Calibrator, Observed, listening
+from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared
 from anybit.engine.materialize import dense_part, set_tensor
 from anybit.engine.plan import Entry, PlannedPart
@@ -38,6 +40,8 @@ def calibrated_jobs(
     device: torch.device,
     dtype: torch.dtype | None = None,
     algorithm_options: Mapping[str, Any] | None = None,
+    work: Work | None = None,
+    batch: int = BATCH,
 ) -> tuple[list[Job], set[str]]:
     """One job for each decoder block, and the weights they make; others are quantized without calibration.
 
@@ -53,7 +57,7 @@ def calibrated_jobs(
     steps = algorithms.steps(name)
     options = ready.quantizer.calibration_options() if steps.rounding == ready.quantizer.calibrated_algorithm else {}
     options = {**options, **(algorithm_options or {})}
-    calibrator = Calibrator(ready, tokens, device)
+    calibrator = Calibrator(ready, tokens, device, batch, work or Work())
     jobs: list[Job] = []
     covered: set[str] = set()
     for number in range(len(calibrator.blocks)):
@@ -97,8 +101,6 @@ class _Block:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
     def make(self) -> dict[str, Tensor]:
-        if self.number == 0:
-            self.calibrator.begin()
         training = hasattr(self._rounding, "tune")
         self.calibrator.run(
             self.number,

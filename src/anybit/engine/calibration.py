@@ -1,8 +1,8 @@
 """Running a model over calibration text block by block, so that algorithms see the inputs of the layers they quantize.
 
-One decoder block's dense weights are in memory at a time, read from the checkpoint; beside it lie the hidden states of all
-samples. Layers that share an input are quantized together, in the order in which they run, and later ones see the outputs of
-the quantized earlier ones.
+One decoder block's dense weights are in memory at a time, read from the checkpoint; the hidden states of all samples lie in
+files, one batch in memory. Layers that share an input are quantized together, in the order in which they run, and later ones
+see the outputs of the quantized earlier ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybit._memory import give_back_free_memory
+from anybit.engine.hidden_states import HiddenStates, Work
 from anybit.engine.load import Prepared, use_packed_experts
 from anybit.engine.materialize import load_plain, read_dense, set_tensor
 from anybit.engine.plan import Entry
@@ -142,22 +144,22 @@ class _Stop(Exception):
 class Calibrator:
     """Drives a prepared model over tokens. `entries` of a block are handed to `quantize` in the order in which they run.
 
-    `hidden`: what enters the next block, made by the quantized ones before it. `reference`: the same made by the dense ones,
-    for algorithms that train; None until a block was trained, as then both are the same.
+    `work`: where hidden states lie; those that an earlier run left there are gone on with.
     """
 
     ready: Prepared
     tokens: Tensor
     device: torch.device
     batch: int = 4
-    hidden: list[Tensor] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    reference: list[Tensor] | None = None
+    reference: HiddenStates | None = None
 
     def __post_init__(self) -> None:
         self.model = self.ready.model
         self.prefix, self.blocks = find_blocks(self.model)
         self.entry_of = {entry.slot.parameter: entry for entry in self.ready.plan.entries}
+        self._begun = False
         if any(entry.slot.kind == "experts" for entry in self.ready.plan.entries):
             use_packed_experts(self.model)  # its forward can be listened to
 
@@ -170,8 +172,12 @@ class Calibrator:
         start = self.names(number) + "."
         return [entry for entry in self.ready.plan.entries if entry.slot.parameter.startswith(start)]
 
-    def begin(self) -> None:
-        """Everything before the first block: its inputs, for every batch."""
+    def begin(self, first: int = 0) -> None:
+        """Everything before the blocks: what each is called with, for every batch, and the inputs of the first.
+
+        `first`: the block to begin with, whose inputs are there already unless it is 0.
+        """
+        self._begun = True
         outside = [key for key in self.ready.names.state if not key.startswith(f"{self.prefix}.")]
         output = self.model.get_output_embeddings()
         heads = {f"{name}.weight" for name, module in self.model.named_modules() if module is output}
@@ -180,22 +186,36 @@ class Calibrator:
                 self._load(key)
         self._compute_buffers()
 
+        caught: list[Tensor] = []
+
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-            self.hidden.append(hidden)
+            caught.append(hidden)
             self.arguments.append((tuple(rest), kwargs))
             raise _Stop
 
-        handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        def inputs() -> Iterator[Tensor]:
             for start in range(0, len(self.tokens), self.batch):
                 try:
-                    self.model(input_ids=self.tokens[start : start + self.batch].to(self.device), use_cache=False)
+                    with torch.no_grad():
+                        self.model(input_ids=self.tokens[start : start + self.batch].to(self.device), use_cache=False)
                 except _Stop:
+                    yield caught.pop()
                     continue
                 raise ConfigError(
                     f"{type(self.model).__name__} does not run its blocks {self.prefix}; it cannot be calibrated"
                 )
+
+        handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self.hidden = self.work.states(first, self.device)
+            if first == 0:
+                self.hidden.fill(inputs())
+            else:
+                reference = self.work.states(first, self.device, "reference")
+                self.reference = reference if reference.there else None
+                for _ in inputs():
+                    pass
         finally:
             handle.remove()
         for key in outside:
@@ -215,6 +235,8 @@ class Calibrator:
         `fold` comes first. With `train`, it does what else `quantize` is called for weight by weight. `observe`: whether
         `quantize` is told what the weight's inputs were.
         """
+        if not self._begun:
+            self.begin(number)
         start = self.names(number) + "."
         for key in self.ready.names.state:
             if key.startswith(start):
@@ -222,7 +244,8 @@ class Calibrator:
         self._compute_buffers()
         wanted = {entry.slot.parameter: entry for entry in self.entries(number) if entry.action == "quantize"}
         if train is not None:
-            reference = list(self.forward(number, self.reference))
+            outputs = self.work.states(number + 1, self.device, "reference")
+            reference = outputs.fill(self.forward(number, self.reference))
         if fold is not None:
             fold(wanted)
         if train is not None:
@@ -236,10 +259,12 @@ class Calibrator:
                 for entry in group:
                     dense = quantize(entry, seen)
                     set_tensor(self.model, entry.slot.parameter, dense.to(self.ready.plan.dtype), self.device)
-        self.hidden = list(self.forward(number))
+        if number + 1 < len(self.blocks):
+            self.hidden = self.work.states(number + 1, self.device).fill(self.forward(number))
         for key in self.ready.names.state:
             if key.startswith(start):
                 self._drop(key)
+        give_back_free_memory()
 
     def _observe(self, number: int, entry: Entry, seen: Mapping[int | None, Observed]) -> None:
         def add(entry: Entry, x: Tensor, expert: int | None) -> None:

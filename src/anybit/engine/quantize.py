@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anybit.containers import Checkpoint
+from anybit.containers.shards import parse_size
+from anybit.engine.budget import Forecast, budget, forecast
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens
+from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, Plan
+from anybit.engine.resume import Resume, difference, identity_of, source_identity
 from anybit.engine.write import Job, Spec, write_checkpoint
-from anybit.errors import ConfigError
+from anybit.errors import CheckpointError, ConfigError
 from anybit.weight.layout import join_name
 
 Fold = Callable[[Tensor], Tensor]  # float32 -> float32 of one shape
@@ -37,6 +43,9 @@ def quantize(
     device: torch.device | str = "cpu",
     max_shard_size: int | str | None = None,
     force: bool = False,
+    restart: bool = False,
+    max_memory: int | str | None = None,
+    announce: Callable[[Forecast], bool] | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     hub_options: Mapping[str, Any] | None = None,
@@ -47,9 +56,11 @@ def quantize(
     .jsonl or .parquet file, or token ids [samples, length]; `samples` rows of `sequence_length` tokens are drawn with `seed`),
     the method's calibrated `algorithm`, or the one named (several: "awq+gptq"), sees what each layer's inputs are; memory then
     is one decoder block and the samples' hidden states. A configuration with `dataset=[texts]` is calibrated with those.
-    `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq.
-    `dtype`: of what stays dense (default: as stored);
-    `device`: where weights are quantized. The source is never touched; `dst` appears only when it is complete.
+    `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq. `dtype`: of what stays dense
+    (default: as stored); `device`: where weights are quantized. `max_memory` ("8GB"): what the run may take beside the libraries.
+    `announce` is told first what the run will take, and may return False to leave it at that.
+    The source is never touched; `dst` appears only when it is complete. What a broken run did lies in DST.partial, and the same
+    call goes on from there, to the same bytes; `restart` drops it.
     Raises ConfigError (also for a source that is already quantized), CheckpointError, FileExistsError without `force`.
     """
     if quantization_config is None:
@@ -67,17 +78,24 @@ def quantize(
     keep = dtype in ("auto", None)
     jobs: list[Job] = []
     done: set[str] = set()
+    work = Work()
+    tokens: Tensor | None = None
+    source = source_identity(ready.checkpoint, ready.folder)
+    cap = None if max_memory is None else parse_size(max_memory, "max_memory")
     if calibration is not None:
         from anybit.engine.calibrated import calibrated_jobs
 
         tokens = calibration_tokens(
             calibration, ready.folder, samples=samples, length=sequence_length, seed=seed, tokenizer=tokenizer
         )
+        own = budget(ready, tokens, cap)
         jobs, done = calibrated_jobs(
-            ready, tokens, algorithm, torch.device(device), None if keep else ready.plan.dtype, algorithm_options
-        )
+            ready, tokens, algorithm, torch.device(device), None if keep else ready.plan.dtype, algorithm_options, work, own.batch
+        )  # fmt: skip
     elif algorithm is not None or algorithm_options:
         raise ConfigError(f"algorithm={algorithm!r} is run on calibration data; pass calibration=")
+    else:
+        own = budget(ready, None, cap)
     for entry in ready.plan.entries:
         if entry.slot.parameter in done:
             continue
@@ -91,16 +109,58 @@ def quantize(
     if not keep:
         config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
     jobs = _once(jobs)
+    if announce is not None and not announce(forecast(ready, tokens, own, jobs)):
+        ready.checkpoint.release()
+        return ready.plan
     layouts = {
         part.prefix: part.layout for entry in ready.plan.entries for part in entry.parts if part.layout is not None
     }
+    settings = {
+        "configuration": ready.quantizer.quantization_config.to_dict(), "dtype": str(dtype), "device": str(device),
+        "max_shard_size": max_shard_size, "algorithm": algorithm, "batch": own.batch,
+        "algorithm_options": dict(algorithm_options or {}),
+        "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
+    }  # fmt: skip
     metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
     write_checkpoint(
         dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=ready.side_files(),
-        extra_files={**ready.extra_files(), **ready.quantizer.made_files(layouts)}, force=force, progress=progress,
+        extra_files={**ready.extra_files(), **ready.quantizer.made_files(layouts)},
+        force=force, progress=progress, resume=_resume(ready, source, settings, jobs, work, restart),
     )  # fmt: skip
     ready.checkpoint.release()
     return ready.plan
+
+
+def _resume(
+    ready: Prepared,
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    jobs: list[Job],
+    work: Work,
+    restart: bool,
+) -> Resume:
+    """What lets another run go on with this one."""
+    entries = {entry.slot.parameter: entry for entry in ready.plan.entries}
+
+    def begin(folder: Path) -> None:
+        work.named = folder
+
+    def take(notes: Mapping[str, Any]) -> None:
+        for name, reason in notes.items():
+            entries[name].reason = reason
+
+    def check() -> None:
+        found = difference(dict(source), source_identity(ready.checkpoint, ready.folder))
+        if found:
+            raise CheckpointError(
+                f"the source {ready.folder} was changed while it was read: {found}. Quantize it again when it is at rest"
+            )
+
+    specs = [(name, spec) for job in jobs for name, spec in job.specs.items()]
+    return Resume(
+        identity_of(source, settings, specs), restart, begin, work.forget,
+        lambda: {name: entry.reason for name, entry in entries.items() if entry.reason}, take, check,
+    )  # fmt: skip
 
 
 def _asked_for(calibration: Any, config: Any) -> tuple[Any, Any, Any]:

@@ -100,10 +100,10 @@ class Journal:
 def identity_of(source: Mapping[str, Any], settings: Mapping[str, Any], specs: Iterable[Any]) -> dict[str, Any]:
     """Everything on which a result depends."""
     return {
+        "versions": {"anybit": anybit.__version__, "torch": torch.__version__},
         "source": dict(source),
         "settings": dict(settings),
         "tensors": hashlib.sha256(repr(list(specs)).encode()).hexdigest(),
-        "versions": {"anybit": anybit.__version__, "torch": torch.__version__},
     }
 
 
