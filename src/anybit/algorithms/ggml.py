@@ -1,99 +1,255 @@
-"""llama.cpp's reference rounding of blocks with one scale, or a scale and a minimum: its codes and scales bit for bit.
+"""llama.cpp's rounding to its block types: its reference codes and scales, or its searches (`ggml_search.py`).
 
     largest   scale = (value of largest magnitude, with its sign) / -2**(bits - 1), so that this value is exact
-    amax      scale = largest magnitude / 127, ties away from zero
+    amax      scale = largest magnitude / 127, ties away from zero; ternary: largest magnitude
     range     scale = (max - min) / (2**bits - 1), minimum = min
+    power     scale = 2**(floor(log2(largest magnitude)) - 2), nearest E2M1 number, ties towards zero
 
-Codes are found with the reciprocal of the float32 scale; float16 is what is stored.
+Codes of these are found with the reciprocal of the float32 scale; float16 is what is stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybit.errors import InvalidOption, NotRepresentable
+from anybit.algorithms.ggml_search import KINDS as SEARCHED
+from anybit.algorithms.ggml_search import WEIGHTED, Fields
+from anybit.errors import InvalidOption, NotRepresentable, did_you_mean
 from anybit.weight import nodes
+from anybit.weight.points import digit_places
 from anybit.weight.weight import Weight, row_chunks
 
-CHUNK = 1 << 18  # weights worked on at once
-RULES = ("largest", "amax", "range")
+CHUNK = 1 << 18  # weights worked on at once: enough for torch to divide among its threads, and little memory
 
 
-def quantize(dense: Tensor, target: Weight, *, rule: str) -> Weight:
-    """Fill a grid of integers whose scales (and minimums) are float16, one for each block of a row.
+def quantize(
+    dense: Tensor, target: Weight, *, kind: str, importance: Tensor | None = None, hessian: Tensor | None = None
+) -> Weight:
+    """Fill the tree of the block type `kind`.
 
-    Raises NotRepresentable for a weight that is not finite, or too large for float16 scales, and for trees of another form.
+    `importance`: mean square of every input, [in] or [experts, in], for the types whose scales are searched; `hessian`: a
+    matrix [in, in] whose diagonal it is. Raises NotRepresentable for a weight that is not finite, or too large for float16
+    scales, and for trees of another form; InvalidOption for an importance that does not fit.
     """
-    if rule not in RULES:
-        raise InvalidOption(f"rule is {rule!r}; it is one of {', '.join(RULES)}")
-    match target.tree:
-        case nodes.Grid(
-            codes=nodes.Codes(), scale=nodes.Values(), zero=None, levels=None, block=(1, int()), offset=offset
-        ) if (offset is None) != (rule == "range"):
-            pass
-        case _:
-            raise NotRepresentable(
-                f"rule {rule!r} fills a grid of integers with {'a minimum' if rule == 'range' else 'nothing but a scale'} for "
-                f"each block of a row, not this {type(target.tree).__name__}"
-            )
-    tree: Any = target.tree
-    codes, width = tree.codes, tree.block[1]
-    rows, columns = dense.numel() // dense.shape[-1], dense.shape[-1]
-    flat, bits = dense.reshape(rows, columns), codes.bits
-    packed = torch.empty(rows, codes.packed.shape[-1], dtype=torch.uint8, device=dense.device)
-    numbers = torch.empty(2, rows, columns // width, dtype=torch.float16, device=dense.device)
-    for start, stop in row_chunks(rows, columns, CHUNK):
-        blocks = flat[start:stop].to(torch.float32).unflatten(-1, (-1, width))
-        found, scale, minimum = _RULES[rule](blocks, bits)
-        packed[start:stop] = nodes.Codes.of(found.to(torch.int16).flatten(-2), bits, codes.signed).packed
-        numbers[0, start:stop], numbers[1, start:stop] = scale, minimum
-    if not bool(torch.isfinite(numbers).all()):
+    if kind not in MADE:
+        raise InvalidOption(f"no rule makes {kind!r}{did_you_mean(kind, MADE)}; one of {', '.join(MADE)}")
+    if hessian is not None and importance is None:
+        importance = hessian.diagonal()
+    columns = dense.shape[-1]
+    stacked = dense.reshape(-1, dense.shape[-2], columns)
+    weights = _importance(importance, stacked)
+    slots = _slots(target)
+    made: dict[str, Tensor] = {}
+    for number, matrix in enumerate(stacked):
+        own = None if weights is None else weights[number]
+        make: Any = WEIGHTED[kind] if own is not None and kind in WEIGHTED else MADE[kind]
+        for start, stop in row_chunks(matrix.shape[0], columns, CHUNK):
+            fields = _stored(kind, make(matrix[start:stop].to(torch.float32), own), slots)
+            for name, stored in fields.items():
+                if name not in made:
+                    made[name] = stored.new_empty(stacked.shape[0] * stacked.shape[1], stored.shape[-1])
+                made[name].view(len(stacked), -1, stored.shape[-1])[number, start:stop] = stored
+    made = {name: tensor.view(*dense.shape[:-1], tensor.shape[-1]) for name, tensor in made.items()}
+    return Weight(_filled(target.tree, slots, made, columns), target.dtype, target.activation)
+
+
+def _stored(kind: str, fields: Fields, slots: dict[str, Any]) -> dict[str, Tensor]:
+    """Fields as a weight keeps them: codes packed, scales checked."""
+    if set(fields) != set(slots):
         raise NotRepresentable(
-            "the weight holds NaN, infinity, or numbers too large for float16 scales. Mend it, or leave the module out"
+            f"{kind} has the parts {', '.join(sorted(fields))}, this tree has {', '.join(sorted(slots))}"
         )
-    scale, minimum = (part.view(tree.scale.tensor.shape) for part in numbers)
-    filled = replace(
-        tree,
-        codes=replace(codes, packed=packed.view(codes.packed.shape)),
-        scale=replace(tree.scale, tensor=scale),
-        offset=None if tree.offset is None else replace(tree.offset, tensor=minimum),
-    )
-    return Weight(filled, target.dtype, target.activation)
+    found = {}
+    for name, values in fields.items():
+        node = slots[name]
+        if isinstance(node, nodes.Codes):
+            found[name] = nodes.Codes.of(values, node.bits, node.signed).packed
+            continue
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise NotRepresentable(
+                "the weight holds NaN, infinity, or numbers too large for float16 scales. Mend it, or leave the module out"
+            )
+        found[name] = values
+    return found
+
+
+def _importance(importance: Tensor | None, stacked: Tensor) -> Tensor | None:
+    """float32 [experts, in] above zero; a channel that no input reached still counts a little."""
+    if importance is None:
+        return None
+    experts, _, columns = stacked.shape
+    if importance.shape not in {(columns,), (experts, columns)}:
+        raise InvalidOption(
+            f"the importance has the shape {tuple(importance.shape)}, the weight {tuple(stacked.shape)}: one number for each "
+            f"of {columns} inputs is needed"
+        )
+    found = importance.to(stacked.device, torch.float32).expand(experts, columns)
+    if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
+        raise InvalidOption("the importance holds numbers that are no mean squares: negative, NaN or infinite ones")
+    mean = found.mean(-1, keepdim=True)
+    return torch.where(mean > 0, found.clamp(min=1e-30).maximum(mean * 1e-7), 1.0)
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------------
+
+
+def _slots(target: Weight) -> dict[str, Any]:
+    """The parts of a block type's tree by name."""
+    tree: Any = target.tree
+    if isinstance(tree, nodes.Grid) and isinstance(tree.codes, nodes.Permute):
+        match tree.codes.child:
+            case nodes.Columns(
+                parts=(nodes.Codebook(codes=nodes.Codes() as fives), nodes.Codebook(codes=nodes.Codes() as fours))
+            ):
+                return {"fives": fives, "fours": fours, "d": tree.scale}
+    match tree:
+        case nodes.Grid(codes=nodes.Codes(), block=(1, int()), zero=None):
+            found = {"q": tree.codes, **_scale(tree.scale, "d", "sc"), **_scale(tree.offset, "dmin", "mn")}
+            if isinstance(tree.offset, nodes.Values):
+                found["m"] = found.pop("dmin")
+            return found
+    raise NotRepresentable(f"this {type(tree).__name__} is no tree of a block type that can be made")
+
+
+def _scale(node: Any, number: str, codes: str) -> dict[str, Any]:
+    match node:
+        case None:
+            return {}
+        case nodes.Values():
+            return {number: node}
+        case nodes.Grid(codes=nodes.Codes(), scale=nodes.Values()):
+            return {codes: node.codes, number: node.scale}
+    raise NotRepresentable(f"scales that are a {type(node).__name__} cannot be made")
+
+
+def _filled(tree: Any, slots: dict[str, Any], made: dict[str, Tensor], columns: int) -> Any:
+    """The tree with its empty parts replaced."""
+    places = {id(node): name for name, node in slots.items()}
+
+    def fill(node: Any) -> Any:
+        name = places.get(id(node))
+        if name is not None:
+            return replace(node, **{"packed" if isinstance(node, nodes.Codes) else "tensor": made[name]})
+        match node:
+            case nodes.Grid():
+                return replace(node, codes=fill(node.codes), scale=fill(node.scale), offset=fill(node.offset))
+            case nodes.Permute():
+                return replace(node, child=fill(node.child), index=digit_places(columns).to(made["d"].device))
+            case nodes.Columns():
+                return replace(node, parts=tuple(fill(part) for part in node.parts))
+            case nodes.Codebook():
+                return replace(node, codes=fill(node.codes))
+        return node
+
+    return fill(tree)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(rows: Tensor, width: int) -> Tensor:
+    return rows.unflatten(-1, (-1, width))
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, 1 / scale)[..., None]
 
 
-def _largest(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes minus 2**(bits - 1); of equal magnitudes the first one counts."""
-    half = 1 << (bits - 1)
-    sizes = blocks.abs()
-    is_largest = sizes == sizes.amax(-1, keepdim=True)
-    place = torch.where(is_largest, torch.arange(blocks.shape[-1], device=blocks.device), blocks.shape[-1] - 1).amin(-1)
-    scale = blocks.gather(-1, place[..., None])[..., 0] / -half
-    codes = (blocks * _reciprocal(scale) + (half + 0.5)).trunc().clamp(max=2 * half - 1) - half
-    return codes, scale, torch.zeros_like(scale)
+def _integers(codes: Tensor) -> Tensor:
+    return codes.to(torch.int16).flatten(-2)
 
 
-def _amax(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    scale = blocks.abs().amax(-1) / ((1 << (bits - 1)) - 1)
-    numbers = blocks * _reciprocal(scale)
+def _half_up(numbers: Tensor) -> Tensor:
+    """C's roundf: half away from zero."""
     sizes = numbers.abs()
     whole = sizes.floor()
-    rounded = whole + (sizes - whole >= 0.5)  # C's roundf: half away from zero
-    return torch.where(numbers < 0, -rounded, rounded), scale, torch.zeros_like(scale)
+    rounded = whole + (sizes - whole >= 0.5)
+    return torch.where(numbers < 0, -rounded, rounded)
 
 
-def _range(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    highest, lowest = (1 << bits) - 1, blocks.amin(-1)
-    scale = (blocks.amax(-1) - lowest) / highest
-    codes = ((blocks - lowest[..., None]) * _reciprocal(scale) + 0.5).trunc().clamp(max=highest)
-    return codes, scale, lowest
+def _largest(bits: int) -> Callable[..., Fields]:
+    half = 1 << (bits - 1)
+
+    def fields(rows: Tensor, importance: Tensor | None) -> Fields:
+        """Codes minus half; of equal magnitudes the first one counts."""
+        blocks = _blocks(rows, 32)
+        scale = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0] / -half
+        codes = (blocks * _reciprocal(scale) + (half + 0.5)).trunc().clamp(max=2 * half - 1) - half
+        return {"q": _integers(codes), "d": scale.to(torch.float16)}
+
+    return fields
 
 
-_RULES = {"largest": _largest, "amax": _amax, "range": _range}
+def _range(bits: int) -> Callable[..., Fields]:
+    highest = (1 << bits) - 1
+
+    def fields(rows: Tensor, importance: Tensor | None) -> Fields:
+        blocks = _blocks(rows, 32)
+        lowest = blocks.amin(-1)
+        scale = (blocks.amax(-1) - lowest) / highest
+        codes = ((blocks - lowest[..., None]) * _reciprocal(scale) + 0.5).trunc().clamp(max=highest)
+        return {"q": _integers(codes), "d": scale.to(torch.float16), "m": lowest.to(torch.float16)}
+
+    return fields
+
+
+def _q8_0(rows: Tensor, importance: Tensor | None) -> Fields:
+    blocks = _blocks(rows, 32)
+    scale = blocks.abs().amax(-1) / 127
+    return {"q": _integers(_half_up(blocks * _reciprocal(scale))), "d": scale.to(torch.float16)}
+
+
+def _digits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary digits 0, 1, 2 [rows, blocks, 256] and scales."""
+    blocks = _blocks(rows, 256)
+    scale = blocks.abs().amax(-1)
+    return _half_up(blocks * _reciprocal(scale)).to(torch.int16) + 1, scale.to(torch.float16)
+
+
+def _tq2_0(rows: Tensor, importance: Tensor | None) -> Fields:
+    digits, scale = _digits(rows)
+    return {"q": digits.flatten(-2), "d": scale}
+
+
+def _tq1_0(rows: Tensor, importance: Tensor | None) -> Fields:
+    digits, scale = _digits(rows)
+
+    def packed(start: int, apart: int, count: int) -> Tensor:
+        """Digits `apart` elements apart, the first one the highest; the byte is the number over 243, rounded up."""
+        number = torch.zeros_like(digits[..., :apart])
+        for place in range(count):
+            number += digits[..., start + place * apart : start + (place + 1) * apart] * 3 ** (4 - place)
+        return (number.to(torch.int32) * 256 + 242) // 243
+
+    fives = torch.cat([packed(0, 32, 5), packed(160, 16, 5)], -1)
+    return {"fives": _integers(fives), "fours": _integers(packed(240, 4, 4)), "d": scale}
+
+
+def _mxfp4(rows: Tensor, importance: Tensor | None) -> Fields:
+    blocks = _blocks(rows, 32)
+    largest = blocks.abs().amax(-1)
+    if not bool(torch.isfinite(largest).all()):
+        raise NotRepresentable("the weight holds NaN or infinity. Mend it, or leave the module out")
+    exponent = torch.where(largest > 0, largest.log2().floor() + 125, 0.0).clamp(0, 254).to(torch.int32)
+    sizes = torch.ldexp(blocks.abs(), (127 - exponent)[..., None])
+    borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=rows.device)
+    codes = torch.bucketize(sizes, borders, out_int32=True)
+    return {"q": _integers(codes + 8 * ((blocks < 0) & (codes > 0))), "d": exponent.to(torch.uint8)}
+
+
+MADE: dict[str, Callable[..., Fields]] = {
+    "Q4_0": _largest(4),
+    "Q4_1": _range(4),
+    "Q5_0": _largest(5),
+    "Q5_1": _range(5),
+    "Q8_0": _q8_0,
+    **SEARCHED,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    "MXFP4": _mxfp4,
+}

@@ -84,6 +84,11 @@ class Checkpoint:
                 files[file].close()
         return cls(place, located, contents, files)
 
+    @staticmethod
+    def another(path: str | os.PathLike[str]) -> Checkpoint:
+        """Opens other files with the same care: what lies beside a checkpoint in one of its formats."""
+        return Checkpoint.open(path)
+
     def read(self, name: str, *, copy: bool = True) -> Tensor:
         """The tensor, on the CPU.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anybit import algorithms
+from anybit.engine.bundling import bundle_for, write_bundle
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.materialize import dense_part, make_weight
 from anybit.engine.names import WHOLE
@@ -107,6 +108,11 @@ def convert(
             jobs.append(_job(ready, entry, part, layout, report, allow_requantize, torch.device(device)))
     for infos in ready.plan.plain.values():
         jobs += [copy_job(ready.checkpoint, info, None) for info in infos]
+    bundled = bundle_for(target, ready, jobs, src)
+    if bundled is not None:
+        write_bundle(dst, jobs, bundled, force=force, progress=progress)
+        ready.checkpoint.release()
+        return report
     config = source_config(ready)
     for key in ("compression_config", "quantization", *type(ready.quantizer.quantization_config).claims):
         config.pop(key, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
@@ -17,13 +17,12 @@ from anybit.methods._gguf_blocks import PACK, UNPACK
 from anybit.weight.block_types import BY_NAME, BlockType
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codebook, Codes, Columns, Grid, Node, Permute, Scaled, Values, tensors_of
+from anybit.weight.points import digit_places
 from anybit.weight.weight import Weight, row_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# how llama.cpp rounds without a search, by type
-RULES = {"Q4_0": "largest", "Q5_0": "largest", "Q4_1": "range", "Q5_1": "range", "Q8_0": "amax"}
 CHUNK = 1 << 19  # weights converted at once
 Leaves = Mapping[str, "Tensor"]
 TREES: dict[str, Callable[[Leaves], Node]] = {}
@@ -36,10 +35,14 @@ def encoding_of(relative: str) -> str | None:
 
 @dataclass(frozen=True)
 class GgufLayout(Layout):
-    """`encoding`: the block type. `beside`: tensors stored beside the blocks, with their shapes."""
+    """`encoding`: the block type. `beside`: tensors stored beside the blocks, with their shapes.
+
+    `importance`: mean square of every input [(experts,) in], for the search of scales; no part of what is stored.
+    """
 
     encoding: str = "Q8_0"
     beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    importance: Tensor | None = field(default=None, compare=False, repr=False)
 
     algorithm = "ggml"
 
@@ -178,8 +181,9 @@ class GgufLayout(Layout):
                 )
 
     def algorithm_options(self) -> dict[str, object]:
-        """Of the types that need nothing but the weight."""
-        return {"rule": RULES[self.encoding]}
+        """The block type, and what the inputs say of the weight's columns."""
+        found: dict[str, object] = {"kind": self.encoding}
+        return found if self.importance is None else {**found, "importance": self.importance}
 
 
 @functools.lru_cache(maxsize=64)
@@ -308,13 +312,4 @@ TREES.update({
 @functools.lru_cache(maxsize=256)
 def constants(encoding: str, columns: int, device: str) -> dict[str, Tensor]:
     """Tensors of a type's trees that are the same in every file. Shared: never write into them."""
-    return {"index": _digit_places(columns).to(device)} if encoding == "TQ1_0" else {}
-
-
-def _digit_places(columns: int) -> Tensor:
-    """int32 [columns]: the element of each digit, in the order of `_tq1_0`'s parts."""
-    digit, byte = torch.arange(5), torch.arange(48)[:, None]
-    fives = torch.where(byte < 32, 32 * digit + byte, 160 + 16 * digit + byte - 32).flatten()
-    fours = (240 + 4 * torch.arange(4) + torch.arange(4)[:, None]).flatten()
-    starts = torch.arange(0, columns, 256)[:, None]
-    return torch.cat([(starts + fives).flatten(), (starts + fours).flatten()]).to(torch.int32)
+    return {"index": digit_places(columns).to(device)} if encoding == "TQ1_0" else {}

@@ -93,7 +93,7 @@ def _llama3(divisors: list[float], theta: float, rotated: int) -> dict[str, Any]
     factor = max(divisors)
     for original in (1 << power for power in range(24, 2, -1)):
         for high in (4.0, 2.0, 8.0):
-            wanted = _rule(theta, rotated, factor, 1.0, high, original)
+            wanted = llama3_divisors(theta, rotated, factor, 1.0, high, original)
             if all(math.isclose(one, two, rel_tol=2e-6) for one, two in zip(divisors, wanted, strict=True)):
                 return {
                     "rope_type": "llama3",
@@ -105,7 +105,8 @@ def _llama3(divisors: list[float], theta: float, rotated: int) -> dict[str, Any]
     return None
 
 
-def _rule(theta: float, rotated: int, factor: float, low: float, high: float, original: int) -> list[float]:
+def llama3_divisors(theta: float, rotated: int, factor: float, low: float, high: float, original: int) -> list[float]:
+    """Llama 3's rule, a divisor for each pair of channels."""
     found = []
     for channel in range(0, rotated, 2):
         wavelength = 2 * math.pi * theta ** (channel / rotated)

@@ -8,7 +8,7 @@ copied, never rendered.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
     "tekken": (_CASED % ("", "", r"\p{N}"),),
 }  # fmt: skip
-_NFC = ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan")
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "pixtral")
+NFC = ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan")
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "pixtral")
 _BEGINS = ("llama-bpe", "llama3", "llama-v3", "tekken", "chatglm-bpe")
 
 
@@ -95,6 +95,21 @@ class TokenizerFiles:
             m.text("tokenizer.chat_template", "") or None,
             m.whole("context_length"),
         )
+
+    @classmethod
+    def from_values(cls, path: str, values: Mapping[str, Any], context: int) -> TokenizerFiles:
+        """From metadata that this library made."""
+        special = {
+            name: values[f"tokenizer.ggml.{own}_token_id"]
+            for name, own in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+            if f"tokenizer.ggml.{own}_token_id" in values
+        }
+        get = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in values.items()}.get
+        return cls(
+            path, get("model", ""), get("pre", "default"), get("tokens", ()), get("token_type", ()), get("scores", ()),
+            get("merges", ()), special, get("add_bos_token"), get("add_eos_token", False), get("add_space_prefix", True),
+            get("chat_template"), context,
+        )  # fmt: skip
 
     def __call__(self) -> dict[str, bytes]:
         """File name -> content. ConfigError for a kind of tokenizer that is not known, CorruptFile for contradictions."""
@@ -179,8 +194,18 @@ class TokenizerFiles:
         return found
 
 
+def splitter(pre: str) -> Any:
+    """What byte-level BPE does to a text first, by its name in `SPLITS`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+
+
 def _byte_level(files: TokenizerFiles) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
     if files.pre not in SPLITS:
         raise ConfigError(
@@ -196,13 +221,10 @@ def _byte_level(files: TokenizerFiles) -> Any:
                 f"{files.path}: merge {number} is {merge[:60]!r}, which does not join two tokens to a third"
             )
         merges.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=files.pre in _WHOLE_WORDS_FIRST))
-    if files.pre in _NFC:
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=files.pre in WHOLE_WORDS_FIRST))
+    if files.pre in NFC:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[files.pre]),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = splitter(files.pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer

@@ -1,34 +1,41 @@
 """GGUF. llama.cpp's files: blocks of 32, 64, 128 or 256 weights, each block with its own scales; about thirty types.
 
 Stored in a .gguf file: a tensor has a type, and rows of blocks. Names, row order of q and k (llama) and the configuration of the
-model follow llama.cpp's conventions, not transformers'; `unbundle` puts them into transformers' words. A model that was loaded
-from such a file is saved as safetensors: the same blocks, each tensor named for its type (`q_proj.q4_k`).
+model follow llama.cpp's conventions, not transformers'; `unbundle` puts them into transformers' words, `bundled` back.
+`anybit.quantize` writes such a file, which llama.cpp loads. A model that was loaded from one, or quantized while loading, is
+saved as safetensors: the same blocks, each tensor named for its type (`q_proj.q4_k`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import ConfigError, ShapeMismatch
+from anybit.errors import ConfigError, ShapeMismatch, did_you_mean
+from anybit.methods._gguf_mixes import MIXES
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
+from anybit.quantizers.matching import SafePattern
 from anybit.quantizers.options import check_choice, check_flags, check_type
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
-    from anybit.quantizers.bundle import Bundle
+    from anybit.methods._gguf_mixes import Facts
+    from anybit.quantizers.bundle import Bundle, Bundled
     from anybit.weight.layout import Layout, ModuleInfo
 
 SUFFIX = ".gguf"
 LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}$")
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-# types with a rule of rounding that needs nothing but the weight
-CREATED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-DEFAULT = "Q8_0"
+# types that are made from the weight alone, or with an importance matrix
+CREATED = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
+    "MXFP4",
+)  # fmt: skip
+DEFAULT = "Q4_K_M"
 
 
 @register_quantization_config("gguf")
@@ -36,25 +43,45 @@ DEFAULT = "Q8_0"
 class GgufConfig(QuantizationConfigMixin):
     """The file says everything else. `gguf_file` is its name; of several shards, the first one's.
 
-    `block_type` and `modules_to_not_convert` count when a dense model is quantized: all its linear layers get that type
-    (default Q8_0).
+    The rest counts when a dense model is quantized. `mix`: one of llama.cpp's mixes by name (default Q4_K_M); a type for every
+    tensor by its place. `block_type` instead: that type for all linear layers; embeddings and head stay dense. `tensor_types`:
+    pattern -> type, searched in GGUF names (`blk.3.ffn_down.weight`); the first that matches counts, before the mix.
+    `imatrix`: a file of llama.cpp's tool of that name, .gguf or .dat.
     """
 
     gguf_file: str | None = None
     dequantize: bool = False
+    mix: str | None = None
     block_type: str | None = None
+    tensor_types: dict[str, str] | None = None
+    imatrix: str | None = None
     modules_to_not_convert: list[str] | None = None
 
     method: ClassVar[str] = "gguf"
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
-    optional: ClassVar[tuple[str, ...]] = ("block_type", "modules_to_not_convert")
-    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {name.lower(): {"block_type": name} for name in CREATED}
+    optional: ClassVar[tuple[str, ...]] = ("mix", "block_type", "tensor_types", "imatrix", "modules_to_not_convert")
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {name.lower(): {"mix": name} for name in MIXES}
 
     def post_init(self) -> None:
         check_type(self, "gguf_file", str, None)
         check_flags(self, "dequantize")
+        if self.mix is not None:
+            check_choice(self, "mix", tuple(MIXES))
         if self.block_type is not None:
             check_choice(self, "block_type", CREATED)
+            if self.mix is not None:
+                raise ConfigError(
+                    f"block_type={self.block_type!r} gives every layer that type, mix={self.mix!r} chooses one for each; set one"
+                )
+        check_type(self, "imatrix", str, None)
+        check_type(self, "tensor_types", dict, None)
+        for pattern, kind in (self.tensor_types or {}).items():
+            SafePattern(pattern)
+            if kind not in CREATED:
+                raise ConfigError(
+                    f"tensor_types gives {pattern!r} the type {kind!r}{did_you_mean(str(kind), CREATED)}; one of "
+                    f"{', '.join(CREATED)}"
+                )
 
     @classmethod
     def of_file(cls, file: Path) -> dict[str, Any] | None:
@@ -78,6 +105,15 @@ class GgufHfQuantizer(HfQuantizer):
 
     layouts_available = True
     reads_bundles = True
+    calibrated_algorithm = "ggml"
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._facts: Facts | None = None
+        self._names: Any = None
+        self._importance: dict[str, Any] | None = None
+        given = quantization_config.tensor_types or {}
+        self._given = [(SafePattern(pattern), kind) for pattern, kind in given.items()]
 
     def unbundle(self, checkpoint: Any) -> Bundle | None:
         if "general.architecture" not in checkpoint.values:
@@ -124,21 +160,106 @@ class GgufHfQuantizer(HfQuantizer):
         )
         return GgufLayout(module.shape, module.dtype, encoding, beside)
 
+    # --- making ---
+
+    def skipped_modules(self) -> Sequence[str] | None:
+        """A mix has an opinion about every tensor, so nothing is left out by default."""
+        config = self.quantization_config
+        if config.modules_to_not_convert is None and config.block_type is None:
+            return []
+        skipped: Sequence[str] | None = config.modules_to_not_convert
+        return skipped
+
+    def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
+        if not self.pre_quantized and self.quantization_config.imatrix is not None:
+            from anybit.methods._gguf_imatrix import read
+
+            self._importance = read(self.quantization_config.imatrix, checkpoint.another)
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        super().begin(model, slots)
+        self._facts = None
+        if self.pre_quantized:
+            return
+        from anybit.methods._gguf_file import Names, architecture_of
+        from anybit.methods._gguf_mixes import Facts
+
+        if self.quantization_config.imatrix is not None and self._importance is None:
+            raise ConfigError("an imatrix counts when a dense model is quantized; leave it out of a conversion")
+        settings = model.config.to_dict()
+        found = architecture_of(str(settings.get("model_type")))
+        if found is None:  # such a model is never written to a file, but its layers may have blocks
+            return
+        heads = int(settings["num_attention_heads"])
+        self._names = Names(found[1])
+        self._facts = Facts(
+            self.quantization_config.mix or DEFAULT, found[0], int(settings["num_hidden_layers"]),
+            heads // int(settings.get("num_key_value_heads") or heads),
+            int(settings.get("num_local_experts") or settings.get("num_experts") or 0),
+            bool(settings.get("tie_word_embeddings")), self._importance is not None,
+        )  # fmt: skip
+
+    def _type_of(self, module: ModuleInfo, name: str | None, stacked: bool) -> str | None:
+        """The block type of a module; None (with the reason) for one that stays dense."""
+        from anybit.methods._gguf_mixes import fitting
+
+        config, columns = self.quantization_config, module.shape[-1]
+        given = next((kind for pattern, kind in self._given if name is not None and pattern.searches(name)), None)
+        if given is not None:
+            kind = fitting(given, columns)
+        elif config.block_type is not None:
+            if module.kind == "embedding":
+                self.skip_reasons[module.name] = "embeddings stay dense"
+                return None
+            kind = fitting(config.block_type, columns)
+        elif self._facts is not None and name is not None:
+            kind = self._facts.type_of(name, columns, stacked)
+            if kind is None and columns % 32 == 0:
+                self.skip_reasons[module.name] = f"{self._facts.mix} leaves {name} dense"
+                return None
+        else:
+            base = MIXES[config.mix or DEFAULT][1]
+            kind = fitting(base, columns) if base and module.kind != "embedding" else None
+        if kind is None:
+            self.skip_reasons[module.name] = f"its rows of {columns} weights are not whole blocks"
+        return kind
+
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         from anybit.methods._gguf_layout import GgufLayout
-        from anybit.weight.block_types import BY_NAME
 
-        encoding = self.quantization_config.block_type or DEFAULT
         if not self.should_convert(module):
             return None
-        if module.kind == "embedding":
-            self.skip_reasons[module.name] = "embeddings stay dense"
+        where = self._names.find(module.name) if self._facts is not None else None
+        name = f"{where[0]}.weight" if where is not None else None
+        expert = where[1] if where is not None else None
+        kind = self._type_of(module, name, expert is not None)
+        if kind is None:
             return None
-        if self.quantization_config.block_type is None:
-            self.decide(f"the configuration names no block_type: {DEFAULT}", module.name)
-        if module.shape[-1] % BY_NAME[encoding].elements:
-            self.skip_reasons[module.name] = (
-                f"its rows of {module.shape[-1]} weights are not whole blocks of {BY_NAME[encoding].elements}"
+        config = self.quantization_config
+        wanted = config.block_type or (self._facts.mix if self._facts is not None else config.mix or DEFAULT)
+        if config.block_type is None and config.mix is None:
+            self.decide(f"the configuration names no mix: {DEFAULT}", module.name)
+        elif config.block_type is not None and kind != wanted:
+            self.decide(f"{kind} instead of {wanted}, whose blocks are wider than its rows", module.name)
+        return GgufLayout(module.shape, module.dtype, kind, importance=self._importance_of(name, expert, module))
+
+    def _importance_of(self, name: str | None, expert: int | None, module: ModuleInfo) -> Any:
+        found = self._importance.get(name) if self._importance is not None and name is not None else None
+        if found is None:
+            return None
+        columns = module.shape[-1]
+        rows = found.reshape(-1, columns) if found.numel() % columns == 0 else found
+        if rows.shape[-1] != columns or (expert is not None and expert >= rows.shape[0]):
+            raise ConfigError(
+                f"the importance matrix has {tuple(found.shape)} numbers for {name}, whose weight has {columns} inputs"
+                f"{f' and is expert {expert}' if expert is not None else ''}; it was computed for another model"
             )
-            return None
-        return GgufLayout(module.shape, module.dtype, encoding)
+        return rows[expert or 0] if len(module.shape) == 2 else rows
+
+    def bundled(
+        self, settings: Mapping[str, Any], specs: Mapping[str, Any], read: Callable[[str], bytes | None], name: str
+    ) -> Bundled:
+        from anybit.methods._gguf_file import bundled
+
+        config = self.quantization_config
+        return bundled(settings, specs, read, name, config.mix or config.block_type or DEFAULT)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from anybit.quantizers.bundle import Bundle
+    from anybit.quantizers.bundle import Bundle, Bundled
     from anybit.weight import Layout, ModuleInfo
 
 
@@ -176,6 +176,17 @@ class HfQuantizer:
         """For files that carry the whole model (configuration, tokenizer, names of their own): what is in them, else None.
 
         `checkpoint`: its `.tensors` by name, `.values`, `.path` and `.read(name)`. Called once, right after it was opened.
+        """
+        return None
+
+    def bundled(
+        self, settings: Mapping[str, Any], specs: Mapping[str, Any], read: Callable[[str], bytes | None], name: str
+    ) -> Bundled | None:
+        """For formats whose one file carries the whole model: that file for a new checkpoint; None for safetensors.
+
+        `settings`: of the model's configuration. `specs`: (dtype, shape) of the checkpoint's tensors. `read`: a file of the
+        checkpoint's folder (tokenizer and the like) by its name. `name`: of the model. Raises ConfigError for a model that the
+        file cannot hold.
         """
         return None
 

@@ -46,3 +46,38 @@ class Bundle:
             return dict(self.files())
         text = json.dumps(dict(self.generation), indent=2, sort_keys=True) + "\n"
         return {"generation_config.json": text.encode(), **self.files()}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor of a checkpoint goes in a bundle: to `target`, whole or as entry `part` of its first axis.
+
+    `make`: what to do with it before (default: its bytes as they are).
+    """
+
+    target: str
+    part: int | None = None
+    make: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A checkpoint as one file that carries the whole model; the way back of `Bundle`.
+
+    `file`: its name. `values`: metadata by key. `tensors`: stored name -> (type of its blocks, logical shape), in the order of
+    their data. `places`: a checkpoint's tensor -> where it goes. `constants`: stored tensors made of settings.
+    """
+
+    file: str
+    values: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    places: Mapping[str, tuple[Placed, ...]]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def sources(self) -> dict[str, list[str]]:
+        """Stored name -> the checkpoint's tensors it is made of."""
+        found: dict[str, list[str]] = {name: [] for name in self.tensors}
+        for source, places in self.places.items():
+            for place in places:
+                found[place.target].append(source)
+        return found

@@ -161,3 +161,15 @@ def table(name: str, device: str = "cpu") -> Tensor:
     else:
         raise KeyError(f"no table of vectors is called {name!r}")
     return entries[None, :, None, :].to(device)
+
+
+def digit_places(columns: int) -> Tensor:
+    """int32 [columns]: the element of each of TQ1_0's digits, its bytes of five digits first, then those of four.
+
+    A block's digits lie 32, 16 or (of the last four bytes) 4 elements apart.
+    """
+    digit, byte = torch.arange(5), torch.arange(48)[:, None]
+    fives = torch.where(byte < 32, 32 * digit + byte, 160 + 16 * digit + byte - 32).flatten()
+    fours = (240 + 4 * torch.arange(4) + torch.arange(4)[:, None]).flatten()
+    starts = torch.arange(0, columns, 256)[:, None]
+    return torch.cat([(starts + fives).flatten(), (starts + fours).flatten()]).to(torch.int32)
