@@ -15,6 +15,7 @@ from torch import Tensor
 from anybit.containers import Checkpoint
 from anybit.containers.shards import parse_size
 from anybit.engine.budget import Forecast, budget, forecast
+from anybit.engine.bundling import bundle_for, write_bundle
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared, Progress, prepare
@@ -115,6 +116,11 @@ def quantize(
     layouts = {
         part.prefix: part.layout for entry in ready.plan.entries for part in entry.parts if part.layout is not None
     }
+    bundled = bundle_for(ready.quantizer, ready, jobs, src)
+    if bundled is not None:
+        write_bundle(dst, jobs, bundled, force=force, progress=progress)
+        ready.checkpoint.release()
+        return ready.plan
     settings = {
         "configuration": ready.quantizer.quantization_config.to_dict(), "dtype": str(dtype), "device": str(device),
         "max_shard_size": max_shard_size, "algorithm": algorithm, "batch": own.batch,
