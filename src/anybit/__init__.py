@@ -24,6 +24,7 @@ _NAMES = {
     "quantize": "anybit.engine.quantize",
     "dequantize": "anybit.engine.dequantize",
     "convert": "anybit.engine.convert",
+    "merge": "anybit.engine.merge",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
     "explain": "anybit.engine.explaining",

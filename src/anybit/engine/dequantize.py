@@ -37,17 +37,18 @@ def dequantize(
     allow_pickle: bool = False,
     progress: Progress | None = None,
     hub_options: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Fold] | None = None,
 ) -> Plan:
     """Write the quantized checkpoint `src` as a dense one to the new folder `dst`, one weight in memory at a time.
 
-    `dtype`: of the dense weights (default: the model's). Raises ConfigError for a source that is not quantized,
-    CheckpointError, FileExistsError without `force`.
+    `dtype`: of the dense weights (default: the model's). `changes`: of weights, by parameter. Raises ConfigError for a
+    source that is not quantized, CheckpointError, FileExistsError without `force`.
     """
     ready = prepare(src, dtype=dtype, device_map=device, allow_pickle=allow_pickle, hub_options=hub_options)
     if ready.quantizer is None:
         raise ConfigError(f"{src} is not quantized: its configuration has no {KEY}. There is nothing to dequantize")
     jobs: list[Job] = []
-    folds = ready.quantizer.folds
+    folds = {**ready.quantizer.folds, **(changes or {})}
     for entry in ready.plan.entries:
         fold = folds.get(entry.slot.parameter)
         if entry.action == "dense":
