@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from anybit._lazy import torch
 from anybit.errors import CorruptFile
@@ -32,7 +32,8 @@ OUTPUT = (0, 3, 6, 9, 12, 1, 4, 7, 10, 13, 2, 5, 8, 11, 14, 15)
 
 @dataclass(frozen=True)
 class HiggsLayout(Layout):
-    """`table_dtype`: what the bits of tables2 mean; `table_label`: the dtype under which they are stored."""
+    """`table_dtype`: what the bits of tables2 mean; `table_label`: the dtype under which they are stored. `p`: inputs that share
+    a grid point when codes are chosen; 1 for each its own."""
 
     bits: int = 4
     group_size: int = 256
@@ -42,6 +43,16 @@ class HiggsLayout(Layout):
     tables_dtype: str = "float16"
     table_dtype: str = "float16"
     table_label: str = "float16"
+    p: int = 2
+
+    algorithm: ClassVar[str | None] = "higgs"
+
+    def algorithm_options(self) -> dict[str, object]:
+        from transformers.integrations.higgs import get_higgs_grid  # the published grids, as numbers
+
+        grid = get_higgs_grid(self.p, 1 << (self.p * self.bits)).to(torch.float32)
+        tables = grid[:, 0] if self.p == 1 else torch.arange(1 << self.bits)
+        return {"grid": grid, "extras": {"tables": tables.to(getattr(torch, self.tables_dtype))}}
 
     @property
     def width(self) -> int:

@@ -25,6 +25,7 @@ else:  # needed for tensors, not to select the backend
     layouts = LazyModule("anybit.methods._higgs_layout")
 
 HALVES = ("float16", "bfloat16", "float32")
+TEMPLATE = {2: 4, 3: 4, 4: 16}  # one of FLUTE's for tiles of 32 outputs
 
 
 @register_quantization_config("higgs")
@@ -40,6 +41,7 @@ class HiggsConfig(QuantizationConfigMixin):
     tune_metadata: dict[str, Any] | None = None
 
     method: ClassVar[str] = "higgs"
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"higgs-{bits}bit": {"bits": bits} for bits in (2, 3, 4)}
 
     def post_init(self) -> None:
         check_choice(self, "bits", (2, 3, 4))
@@ -56,14 +58,7 @@ class HiggsConfig(QuantizationConfigMixin):
 
 @register_quantizer("higgs")
 class HiggsHfQuantizer(HfQuantizer):
-    """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie."""
-
-    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
-        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
-        if not pre_quantized:
-            raise NotRepresentable(
-                "anybit reads HIGGS checkpoints and does not make them; choose another method, such as NF4"
-            )
+    """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie. Made without data."""
 
     layouts_available = True
 
@@ -101,6 +96,35 @@ class HiggsHfQuantizer(HfQuantizer):
                 f"{module.name} has {module.shape[0]} outputs; {config.bits}-bit codes in tiles of {layout.tile} are stored "
                 f"{layout.together} outputs together. tune_metadata (template_id) and tensors contradict each other"
             )
+        return layout
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.should_convert(module):
+            return None
+        config, bits = self.quantization_config, self.quantization_config.bits
+        dtype = module.dtype if module.dtype in HALVES[:2] else "float16"
+        layout = layouts.HiggsLayout(
+            module.shape, module.dtype, bits, config.group_size, config.hadamard_size, 32, dtype, dtype, dtype, "float16",
+            config.p,
+        )  # fmt: skip
+        reason = None
+        if module.kind != "linear":
+            reason = f"HIGGS stores linear layers, this is a {module.kind}"
+        elif module.shape[0] % layout.together:
+            reason = f"codes of {layout.together} outputs are stored together, it has {module.shape[0]}"
+        if reason is not None:
+            self.skip_reasons[module.name] = reason
+            return None
+        if layout.width != module.shape[1]:
+            self.decide(
+                f"inputs are filled up with zeros to a multiple of hadamard_size, {config.hadamard_size}; transformers cannot "
+                "load that, anybit can",
+                module.name,
+            )
+        config.tune_metadata[module.name] = {
+            "M": 1, "N": module.shape[0], "K": layout.width, "num_bits": bits, "group_size": config.group_size,
+            "num_sms": 108, "dtype": f"torch.{dtype}", "device": "cuda:0", "template_id": TEMPLATE[bits],
+        }  # fmt: skip
         return layout
 
     def _tuned(self, name: str) -> Mapping[str, Any]:
