@@ -36,7 +36,8 @@ class Rounding:
 
     def __post_init__(self) -> None:
         self.grid = _checked(self.dense, self.target)
-        self.rule = self.ranges or (_signed(self.grid) if self.symmetric else rtn._spanning(self.grid, False))
+        one_sided = self.symmetric or (self.grid.zero is None and self.grid.offset is None)
+        self.rule = self.ranges or (_signed(self.grid) if one_sided else rtn._spanning(self.grid, False))
         assert self.grid.scale is not None
         columns = self.dense.shape[1]
         self.size = self.grid.block[1] if self.grid.scale.shape[1] > 1 else columns

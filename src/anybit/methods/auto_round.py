@@ -29,6 +29,7 @@ else:  # needed for tensors, not to select the backend
         LazyModule("anybit.methods._gptq_evidence"),
     )
 
+TUNING_STEPS = 200
 DEFAULT_FORMAT = "auto_round:gptq"
 # packing_format -> the tensors' arrangement: GPTQ with zero - 1, GPTQ with the zero, the same with g_idx, AWQ gemm
 FORMATS = {
@@ -168,9 +169,10 @@ def _checked_override(name: str, values: Any) -> Mapping[str, Any]:
 
 @register_quantizer("auto-round")
 class AutoRoundQuantizer(HfQuantizer):
-    """AutoRound's layouts. From a dense checkpoint: its data-free modes, a search for scales (sym) or plain rounding."""
+    """AutoRound's layouts. Without calibration data: its data-free modes, a search for scales (sym) or plain rounding."""
 
     layouts_available = True
+    calibrated_algorithm = "autoround"
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
@@ -214,7 +216,14 @@ class AutoRoundQuantizer(HfQuantizer):
             if slot.module in (config.extra_config or {}) and slot.parameter not in {*tied, *tied.values()}:
                 self.skip_reasons.pop(slot.module, None)
         self._choose_format()
-        config.extra_fields["iters"] = 0  # what was run: no tuning
+        self.steps = config.extra_fields.get("iters") or TUNING_STEPS
+        config.extra_fields["iters"] = 0  # what was run: no tuning, unless `calibration_options` are asked for
+
+    def calibration_options(self) -> dict[str, Any]:
+        self.quantization_config.extra_fields["iters"] = self.steps
+        return {"steps": self.steps}
+
+    steps = 0
 
     def _choose_format(self) -> None:
         """auto-round's own choice of a packing format for zero points that differ, unless the user made one."""

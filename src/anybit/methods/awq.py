@@ -144,10 +144,11 @@ LAYOUTS: Mapping[str, tuple[str, int, int]] = {
 
 @register_quantizer("awq")
 class AwqQuantizer(HfQuantizer):
-    """AWQ's layouts. From a dense checkpoint codes are rounded to nearest, without the search for scales and clips."""
+    """AWQ's layouts. Without calibration data codes are rounded to nearest, without the search for scales and clips."""
 
     layouts_available = True
     default_algorithm = "rtn"
+    calibrated_algorithm = "awq"
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
