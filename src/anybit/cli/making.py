@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,16 @@ def quantize(
     samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Which rows are drawn.")] = 0,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="Most to take beside the libraries' own memory, e.g. 8GB.", metavar="SIZE"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: time, memory, size.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what a broken run left in OUTPUT.partial, instead of going on.")
+    ] = False,
     report: Annotated[
         bool,
         typer.Option(
@@ -70,7 +81,7 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a dense checkpoint file to file.
+    """Quantize a dense checkpoint file to file. A run that was broken off is gone on with by the same command.
 
     One weight is in memory at a time (with --calib, one decoder block), and the output appears only when it is complete.
 
@@ -81,6 +92,11 @@ def quantize(
         raise UsageMistake("--report-text goes with --report")
     out = Output(as_json, quiet)
     from anybit.engine.quantize import quantize as run
+
+    def announce(ahead: Any) -> bool:
+        if dry_run:
+            _ahead(out, ahead)
+        return not dry_run
 
     begin = time.perf_counter()
     with out.progress("quantize") as progress:
@@ -97,8 +113,13 @@ def quantize(
             device=main_device(device),
             max_shard_size=max_shard_size,
             force=force,
+            restart=restart,
+            max_memory=max_memory,
+            announce=announce,
             progress=progress,
         )
+    if dry_run:
+        return
     _written(out, "quantized", plan, output, time.perf_counter() - begin)
     if report:
         from anybit.reporting import gather, write_card, write_page
@@ -213,6 +234,57 @@ def convert(
     )
 
 
+def merge(
+    path: Source,
+    adapter: Annotated[Path, typer.Argument(help="The folder of a PEFT adapter.", metavar="ADAPTER", file_okay=False)],
+    output: Target,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Write the merged weights dense.")] = False,
+    device: Device = "cpu",
+    max_shard_size: Shard = "5GB",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge a LoRA adapter into a checkpoint of any method.
+
+    Changed weights are rounded anew in the layout they had; the error of each is stated. The others keep their bytes.
+
+    anybit merge llama-nf4 my-adapter -o llama-merged
+    """
+    out = Output(as_json, quiet)
+    from anybit.engine.merge import merge as run
+
+    begin = time.perf_counter()
+    with out.progress("merge") as progress:
+        done = run(
+            path,
+            adapter,
+            output,
+            dequantize=dequantize,
+            device=main_device(device),
+            max_shard_size=max_shard_size,
+            force=force,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - begin
+    worst = sorted(done.modules, key=lambda module: -module.share)[:8]
+    rows = [(module.name, f"{module.error:.2e}", f"{module.share:.2e}") for module in worst]
+    out.result(
+        {**done.to_dict(), "output": str(output), "seconds": seconds, "peak_memory_bytes": peak_memory()},
+        pairs(
+            [
+                ("written", output),
+                ("method", "dense" if dequantize else done.method),
+                ("merged", f"{len(done.modules)} modules"),
+                ("took", f"{duration(seconds)}, peak memory {size(peak_memory())}"),
+            ]
+        ),
+        "",
+        table(["module", "error of the weight", "of the change"], rows),
+    )
+
+
 def main_device(name: str) -> Any:
     """The one device to compute on."""
     from anybit.engine import devices
@@ -223,6 +295,20 @@ def main_device(name: str) -> Any:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files in a folder."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", ".bin"))
+
+
+def _ahead(out: Output, ahead: Any) -> None:
+    out.result(
+        asdict(ahead),
+        pairs(
+            [
+                ("time", f"about {duration(ahead.seconds)}, from a sample of this machine's speed"),
+                ("memory", f"{size(ahead.memory_bytes)} beside the libraries, {ahead.batch} samples at once"),
+                ("weights", f"{size(ahead.bytes_read)} -> {size(ahead.bytes_written)}"),
+                ("disk meanwhile", f"{size(ahead.hidden_bytes)} of hidden states beside the result"),
+            ]
+        ),
+    )
 
 
 def _written(out: Output, done: str, plan: Any, output: Path, seconds: float) -> None:
@@ -248,4 +334,4 @@ def _written(out: Output, done: str, plan: Any, output: Path, seconds: float) ->
     )
 
 
-COMMANDS = (quantize, dequantize, convert)
+COMMANDS = (quantize, dequantize, convert, merge)
