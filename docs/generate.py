@@ -55,9 +55,9 @@ def method_page(info: MethodInfo) -> str:
 
 
 def _prose(config: type[Any]) -> list[str]:
-    return (
-        _fenced(inspect.cleandoc(config.__doc__)) if config.__doc__ and "(" not in config.__doc__.split("\n")[0] else []
-    )
+    """Its docstring; that of a dataclass without one is its signature, which the table shows."""
+    text = inspect.cleandoc(config.__doc__ or "")
+    return [] if text.startswith(f"{config.__name__}(") else [text, ""]
 
 
 def _fenced(text: str) -> list[str]:
