@@ -58,6 +58,8 @@ def dequantize(
     for key, infos in ready.plan.plain.items():
         if key not in ready.quantizer.attached:
             jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype, folds.get(key)) for info in infos]
+    # what several weights are made of is copied once
+    jobs = list({next(iter(job.specs)): job for job in jobs}.values())
     config = without_quantization(source_config(ready))
     for key in ("torch_dtype", *type(ready.quantizer.quantization_config).claims):
         config.pop(key, None)

@@ -16,6 +16,7 @@ from anybit.errors import AnybitError, CalibrationNeeded, located
 from anybit.modules import PackedWeight, Part, QuantEmbedding, QuantExperts, QuantLinear, TiedLinear
 from anybit.quantizers.attachments import carry_over
 from anybit.weight import Weight
+from anybit.weight.row_cut import RowCutLayout
 
 
 def load_entry(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -36,7 +37,8 @@ def make_weight(
     assert layout is not None
     try:
         if entry.action == "packed":
-            return layout.decode({name: checkpoint.read(info.name) for name, info in part.stored.items()})
+            stored = {name: checkpoint.read(info.name) for name, info in part.stored.items()}
+            return layout.read(stored) if isinstance(layout, RowCutLayout) else layout.decode(stored)
         if layout.algorithm is None:
             raise CalibrationNeeded(
                 f"it cannot be quantized to {type(layout).__name__} from its weights alone; "

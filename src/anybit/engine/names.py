@@ -5,8 +5,9 @@ dense tensors (`experts.*.gate_proj.weight`), so a packed tensor is placed by th
 
     ...experts.3.gate_proj.qweight  ->  ask for ...experts.3.gate_proj.weight  ->  part (3, 0) of ...experts.gate_up_proj
 
-Conversions that only stack experts and concatenate rows keep their parts apart, packed or dense. Any other conversion
-(transposes, splits, rotary permutations) is applied to dense tensors by transformers' own operations.
+Conversions that only stack experts and concatenate rows keep their parts apart, packed or dense. One that gives the rows of a
+matrix to several layers gives them the rows of a packed one. Any other conversion (transposes, rotary permutations) is applied
+to dense tensors by transformers' own operations.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Index = tuple["int | None", "int | None"]  # (expert, position among the rows); None where a weight is not cut that way
 WHOLE: Index = (None, None)
+Cut = tuple[str, int, int]  # (name of a stored unit, first row, rows of the unit)
 # llmcompressor on transformers 5 takes experts apart under the class's new names, where the checkpoint's own are these
 OLDER_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _EXPERT = re.compile(r"(\.experts\.\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
@@ -66,11 +68,13 @@ class Part:
     """Stored tensors of one unit of a weight: relative name -> stored name. `prefix`: the unit's checkpoint name.
 
     `dense`: what checkpoints of transformers call the unit, where that is another name; with "*" it is all experts of a stack.
+    `cut`: the stored unit that the weight is some rows of, the first of them, and how many the unit has.
     """
 
     prefix: str
     stored: dict[str, str] = field(default_factory=dict)
     dense: str | None = None
+    cut: Cut | None = None
 
 
 @dataclass
@@ -104,9 +108,10 @@ class Names:
 
     def sort(self, keys: Iterable[str]) -> Sorted:
         """Place every stored tensor."""
-        found = Sorted()
+        found, keys = Sorted(), list(keys)
+        shared = self._shared_units(keys)
         for key in keys:
-            if self._beside(key, found):
+            if self._beside(key, found) or (shared and self._in_shared(key, shared, found)):
                 continue
             renamed, converter, pattern = self.rename(key)
             if converter is not None and not _keeps_parts(converter):
@@ -137,6 +142,44 @@ class Names:
         if part is None or f"{part[0].removesuffix('weight')}{relative}" in self.state:
             return False
         found.parts.setdefault(part[0], {}).setdefault(part[1], Part(prefix)).stored[_relative(relative)] = key
+        return True
+
+    def _shared_units(self, keys: Sequence[str]) -> dict[str, list[str]]:
+        """Packed units whose rows belong to several layers, and the weights of those, in the order of their rows."""
+        if not any(_gives_rows_away(converter) for converter in self.converters):
+            return {}
+        found: dict[str, list[str]] = {}
+        known: dict[str, list[str]] = {}
+        for key in keys:
+            pieces = key.split(".")
+            for cut in range(len(pieces) - 1, 0, -1):
+                unit = ".".join(pieces[:cut])
+                if unit not in known:
+                    known[unit] = self._owners(unit)
+                if known[unit] and pieces[cut:] not in (["weight"], ["bias"]):
+                    found[unit] = known[unit]
+                    break
+        return found
+
+    def _owners(self, unit: str) -> list[str]:
+        """Weights of the linear layers that share the rows of a unit; none if it is no such unit."""
+        renamed, converter, _ = self.rename(f"{unit}.weight")
+        if converter is None or not _gives_rows_away(converter):
+            return []
+        targets = Conversion(converter, renamed).targets
+        return targets if all(name in self.slots and self.slots[name].kind == "linear" for name in targets) else []
+
+    def _in_shared(self, key: str, shared: Mapping[str, list[str]], found: Sorted) -> bool:
+        """Place a tensor of a packed unit whose rows belong to several layers with each of them."""
+        pieces = key.split(".")
+        unit = next((name for cut in range(1, len(pieces)) if (name := ".".join(pieces[:cut])) in shared), None)
+        if unit is None or key == f"{unit}.bias":
+            return False
+        heights = [self.slots[name].shape[0] for name in shared[unit]]
+        for number, name in enumerate(shared[unit]):
+            cut = (unit, sum(heights[:number]), sum(heights))
+            part = found.parts.setdefault(name, {}).setdefault(WHOLE, Part(self.slots[name].module, cut=cut))
+            part.stored[_relative(key[len(unit) + 1 :])] = key
         return True
 
     def rename(self, key: str) -> tuple[str, Any, str]:
@@ -252,6 +295,14 @@ def _keeps_parts(converter: Any) -> bool:
         operation.dim == (0 if kind == "MergeModulelist" else rows)
         for operation, kind in zip(converter.operations, kinds)
     )
+
+
+def _gives_rows_away(converter: Any) -> bool:
+    """Whether the converter only gives the rows of one matrix to several layers, one after the other."""
+    kinds = [type(operation).__name__ for operation in converter.operations]
+    if kinds not in (["Chunk"], ["Split"]) or len(converter.source_patterns) != 1 or len(converter.target_patterns) < 2:
+        return False
+    return bool(converter.operations[0].dim == 0)
 
 
 def _took(converter: Any, key: str, renamings: list[Any]) -> bool:

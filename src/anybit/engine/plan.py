@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from anybit.containers import Checkpoint, TensorInfo
-from anybit.engine.names import WHOLE, Conversion, Index, Names, Sorted
+from anybit.engine.names import WHOLE, Conversion, Cut, Index, Names, Sorted
 from anybit.engine.names import Part as NamedPart
 from anybit.engine.skeleton import Slot
 from anybit.errors import MissingTensor, ShapeMismatch, UnexpectedTensor, did_you_mean
@@ -21,6 +21,7 @@ from anybit.modules.packed import joined
 from anybit.quantizers.base import HfQuantizer
 from anybit.weight import Layout, ModuleInfo
 from anybit.weight.layout import join_name
+from anybit.weight.row_cut import RowCutLayout
 
 # Python, the allocator and the reading buffers of one load; measured on Linux with torch 2.13
 OVERHEAD_BYTES = 24 << 20
@@ -31,7 +32,8 @@ class PlannedPart:
     """One stored unit of a weight: its checkpoint name, where it belongs, and its tensors by relative name.
 
     `conversion`: how a dense unit is made of the stored tensors, if it is not simply one of them. `dense_prefix`: what
-    checkpoints of transformers call the unit; with "*" for the number of the expert where one unit has all of them.
+    checkpoints of transformers call the unit; with "*" for the number of the expert where one unit has all of them. `cut`: of
+    which stored unit the weight is some rows (then `prefix` is the layer's own name), see `names.Part`.
     """
 
     prefix: str
@@ -40,6 +42,7 @@ class PlannedPart:
     layout: Layout | None
     conversion: Conversion | None = None
     own_dense_prefix: str | None = None
+    cut: Cut | None = None
 
     @property
     def dense_prefix(self) -> str:
@@ -52,7 +55,10 @@ class PlannedPart:
 
     @property
     def bytes_stored(self) -> int:
-        return sum(info.nbytes for info in self.stored.values())
+        stored = sum(info.nbytes for info in self.stored.values())
+        if self.cut is None or self.layout is None:
+            return stored
+        return stored * self.layout.shape[0] // self.cut[2]
 
 
 @dataclass
@@ -105,9 +111,9 @@ class Plan:
 
     @property
     def bytes_on_disk(self) -> int:
-        return sum(entry.bytes_stored for entry in self.entries) + sum(
-            info.nbytes for infos in self.plain.values() for info in infos
-        )
+        stored = [info for entry in self.entries for part in entry.parts for info in part.stored.values()]
+        plain = [info for infos in self.plain.values() for info in infos]
+        return sum({info.name: info.nbytes for info in (*stored, *plain)}.values())  # some make several weights
 
     @property
     def bytes_in_memory(self) -> int:
@@ -279,7 +285,14 @@ def _parts_of(slot: Slot, sorted_names: Sorted, checkpoint: Checkpoint) -> list[
     found = sorted_names.parts.get(slot.parameter, {})
     order = sorted(found, key=lambda index: (-1 if index[0] is None else index[0], index[1] or 0))
     return [
-        PlannedPart(found[index].prefix, index, infos(found[index]), None, own_dense_prefix=found[index].dense)
+        PlannedPart(
+            found[index].prefix,
+            index,
+            infos(found[index]),
+            None,
+            own_dense_prefix=found[index].dense,
+            cut=found[index].cut,
+        )
         for index in order
     ]
 
@@ -311,19 +324,27 @@ class _Builder:
 
     def layout(self, slot: Slot, part: PlannedPart, parts: list[PlannedPart]) -> Layout | None:
         info = module_info(slot, part, parts, self.plan.dtype)
+        prefix = part.prefix
+        if part.cut is not None:
+            prefix, _, rows = part.cut
+            info = replace(info, name=prefix, shape=(rows, *info.shape[1:]))
         if self.quantizer is not None and self.pre_quantized and part.conversion is None:
             layout = self.quantizer.layout_of(info, part.stored, _peeker(self.checkpoint, part.stored))
             if layout is not None:
                 if layout not in self._specs:
                     self._specs[layout] = layout.specs()
-                _check_stored(layout, self._specs[layout], part.stored, part.prefix)
-                return layout
+                _check_stored(layout, self._specs[layout], part.stored, prefix)
+                if part.cut is None:
+                    return layout
+                return RowCutLayout.of(layout, prefix, part.cut[1], part.cut[1] + slot.shape[0])
+        if part.conversion is not None:
+            _check_convertible(part, self.quantizer if self.pre_quantized else None)
         if part.conversion is None and not _is_dense(part.stored):
             method = (
                 self.quantizer.method_name if self.quantizer is not None and self.pre_quantized else "no quantization"
             )
             raise UnexpectedTensor(
-                f"{part.prefix}: stored tensors {', '.join(sorted(part.stored))} are not a dense weight, and {method} does not "
+                f"{prefix}: stored tensors {', '.join(sorted(part.stored))} are not a dense weight, and {method} does not "
                 f"read them (file {next(iter(part.stored.values())).file}). Check the checkpoint's quantization_config"
             )
         if self.quantizer is None or self.pre_quantized:
@@ -402,6 +423,18 @@ def _check_stored(layout: Layout, specs: Mapping[str, Any], stored: Mapping[str,
             raise UnexpectedTensor(
                 f"tensor {info.name!r} in {info.file} belongs to {prefix}, but {type(layout).__name__} has no use for it "
                 f"(it reads {', '.join(specs)})"
+            )
+
+
+def _check_convertible(part: PlannedPart, quantizer: HfQuantizer | None) -> None:
+    """transformers' operations turn dense tensors into others; they know nothing of packed ones."""
+    for info in part.stored.values():
+        if quantizer is not None and info.dtype not in _DENSE:
+            kinds = [type(operation).__name__ for operation in part.conversion.converter.operations]  # type: ignore[union-attr]
+            raise UnexpectedTensor(
+                f"tensor {info.name!r} in {info.file} is {info.dtype}: {quantizer.method_name} has it packed, and the model "
+                f"class makes {part.prefix} of it by {', '.join(kinds)}, which is possible with dense weights only. Dequantize "
+                "the checkpoint with the program that wrote it"
             )
 
 

@@ -20,6 +20,7 @@ from anybit.errors import CheckpointError, InvalidOption, did_you_mean
 from anybit.modules import PackedWeight, TiedLinear
 from anybit.quantizers.checkpoint_config import KEY, read_json
 from anybit.weight.layout import join_name
+from anybit.weight.row_cut import RowCutLayout
 
 if TYPE_CHECKING:
     from anybit.engine.load import Prepared
@@ -177,12 +178,14 @@ def _metadata(model: Any, jobs: list[Job]) -> dict[str, str] | None:
 
 def _layouts(model: Any) -> dict[str, Layout]:
     """Of packed weights, by their names in the checkpoint."""
-    return {
-        part.prefix or name: part.layout
-        for name, module in model.named_modules()
-        if isinstance(module, PackedWeight)
-        for part in module.parts
-    }
+    found: dict[str, Layout] = {}
+    for name, module in model.named_modules():
+        for part in module.parts if isinstance(module, PackedWeight) else ():
+            if isinstance(part.layout, RowCutLayout):
+                found[part.layout.unit] = part.layout.whole
+            else:
+                found[part.prefix or name] = part.layout
+    return found
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------------
@@ -203,8 +206,13 @@ def _at_hand(module: nn.Module) -> Iterator[None]:
 def _packed_jobs(model: nn.Module) -> list[Job]:
     """One job for each packed layer."""
     jobs = []
+    cuts: dict[str, list[Any]] = {}  # layers that share a stored unit, by its name
     for name, module in model.named_modules():
         if not isinstance(module, PackedWeight):
+            continue
+        own_layout = module.parts[0].layout
+        if isinstance(own_layout, RowCutLayout):
+            cuts.setdefault(own_layout.unit, []).append(module)
             continue
         specs: dict[str, Spec] = {}
         shrinking: set[str] = set()
@@ -222,7 +230,24 @@ def _packed_jobs(model: nn.Module) -> list[Job]:
                 return made
 
         jobs.append(Job(name, specs, make, frozenset(shrinking)))
-    return jobs
+    return jobs + [_shared_job(unit, modules) for unit, modules in cuts.items()]
+
+
+def _shared_job(unit: str, modules: list[Any]) -> Job:
+    """The tensors of a unit whose rows belong to several layers."""
+    modules = sorted(modules, key=lambda module: module.parts[0].layout.start)
+    layouts = [module.parts[0].layout for module in modules]
+    specs: dict[str, Spec] = {join_name(unit, own): spec for own, spec in layouts[0].whole.specs().items()}
+
+    def make() -> dict[str, Tensor]:
+        weights = []
+        for module in modules:
+            with _at_hand(module):
+                weights.append(module.part_weights()[0].to("cpu"))
+        return {join_name(unit, own): tensor for own, tensor in RowCutLayout.join(layouts, weights).items()}
+
+    shrinking = frozenset(join_name(unit, own) for own in layouts[0].whole.shrinking())
+    return Job(unit, specs, make, shrinking)
 
 
 def _dense_jobs(model: nn.Module, plan: Plan) -> list[Job]:
