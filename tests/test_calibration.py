@@ -26,19 +26,22 @@ EVALUATION = (ROOT / "examples" / "data" / "evaluation.txt").read_text(encoding=
 
 @pytest.mark.parametrize("file", sorted(VECTORS.glob("*bit*.safetensors")), ids=lambda path: path.stem)
 def test_codes_are_gptqmodels(file: Path) -> None:
-    bits, size, symmetric, order = re.fullmatch(r"(\d)bit_(g\d+|row)_(sym|asym)_(\w+)", file.stem).groups()  # type: ignore[union-attr]
+    pattern = r"(\d)bit_(g\d+|row)_(sym|asym)_(natural|groups|columns)_?(static|mse)?"
+    bits, size, symmetric, order, more = re.fullmatch(pattern, file.stem).groups()  # type: ignore[union-attr]
     layer, wanted = load_file(VECTORS / "layer.safetensors"), load_file(file)
     config = GPTQConfig(bits=int(bits), group_size=int(size[1:]) if size != "row" else -1, sym=symmetric == "sym")
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     # GPTQ packs 32 rows together and 48 are no multiple of it: ask for 64 and cut, as only the grid matters here
     layout: Any = quantizer.layout_for(ModuleInfo("model.layers.0.proj", "linear", (64, 256), "float16"))
     layout = replace(layout, shape=(48, 256))
-    layout = layout.ordered() if order == "columns" else layout
-    x = layer["inputs"]
+    static = more == "static"
+    layout = layout.ordered() if order == "columns" and not static else layout
+    x, dense = layer["inputs"].float(), layer["weight"].float()
     options = {name: value for name, value in layout.algorithm_options().items() if name == "ranges"}
     weight = gptq.quantize(
-        layer["weight"], layout.scheme(), hessian=2 / len(x) * x.T @ x, damp=0.05, order=order, **options
-    )
+        dense, layout.scheme(), hessian=2 / len(x) * x.T @ x, damp=0.05, order=order, static_groups=static,
+        mse=2.4 if more == "mse" else 0.0, **options,
+    )  # fmt: skip
     grid: Any = weight.tree
     assert isinstance(grid, Grid)
     codes = grid.codes.integers()
@@ -47,7 +50,7 @@ def test_codes_are_gptqmodels(file: Path) -> None:
     assert (codes.int() - wanted["codes"].int()).abs().max() <= 1
     assert torch.allclose(grid.scale.dense(), wanted["scale"], rtol=2e-3)
     assert torch.equal(grid.zero.dense(), wanted["zero"])
-    if order == "columns":
+    if order == "columns" and not static:
         assert torch.equal(grid.group_index, wanted["index"])
 
 

@@ -16,13 +16,17 @@ weight = (torch.randn(48, 256, generator=generator) * 0.05).to(torch.float16).fl
 mix = torch.randn(256, 256, generator=generator) * torch.linspace(0.2, 2, 256)
 inputs = (torch.randn(320, 256, generator=generator) @ mix * 0.1).to(torch.float16).float()
 inputs[:, 17] = 0  # an input that is never seen
-save_file({"weight": weight, "inputs": inputs}, HERE / "layer.safetensors")
+save_file({"weight": weight.half(), "inputs": inputs.half()}, HERE / "layer.safetensors")  # exact: rounded above
 SETTINGS = {
     "4bit_g32_sym_groups": dict(bits=4, group_size=32, sym=True, desc_act=False, act_group_aware=True),
     "4bit_g64_asym_natural": dict(bits=4, group_size=64, sym=False, desc_act=False, act_group_aware=False),
     "3bit_g32_asym_columns": dict(bits=3, group_size=32, sym=False, desc_act=True, act_group_aware=False),
     "8bit_row_sym_natural": dict(bits=8, group_size=-1, sym=True, desc_act=False, act_group_aware=False),
     "2bit_g64_sym_groups": dict(bits=2, group_size=64, sym=True, desc_act=False, act_group_aware=True),
+    "4bit_g64_sym_columns_static": dict(
+        bits=4, group_size=64, sym=True, desc_act=True, act_group_aware=False, static_groups=True
+    ),
+    "3bit_g64_sym_groups_mse": dict(bits=3, group_size=64, sym=True, desc_act=False, act_group_aware=True, mse=2.4),
 }
 for name, settings in SETTINGS.items():
     layer = torch.nn.Linear(256, 48, bias=False)
