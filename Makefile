@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # Two workers with one torch thread each: tests are many and small, so processes help and threads get in the way.
 WORKERS ?= 2
 PYTEST_ARGS ?=
-# A stamp is older than these after a change of dependencies, and the install runs again.
-INPUTS := pyproject.toml constraints.txt
+# A stamp is older than these after a change of dependencies or of the native kernels, and the install runs again.
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/anybit/kernels/cpu/csrc/*)
 
 .PHONY: help demo test check format capabilities docs clean
 
