@@ -184,10 +184,11 @@ def test_the_environment_is_checked_before_any_weight_is_read(tmp_path, monkeypa
 def test_methods_fitted_to_data_cannot_be_created_at_load():
     fitted = [cls for cls in AUTO_QUANTIZER_MAPPING.values() if cls.requires_calibration]
     assert "AqlmHfQuantizer" in {cls.__name__ for cls in fitted}
+    quark = {"quant_method": "quark", "export": {}, "global_quant_config": {}}
     with pytest.raises(
-        CalibrationNeeded, match=r"aqlm cannot be created from a dense checkpoint at load.*choose a method"
+        CalibrationNeeded, match=r"quark cannot be created from a dense checkpoint at load.*choose a method"
     ):
-        AutoHfQuantizer.from_config(anybit.AqlmConfig(), pre_quantized=False)
+        AutoHfQuantizer.from_config(quark, pre_quantized=False)
     assert issubclass(CalibrationNeeded, ValueError)
 
 

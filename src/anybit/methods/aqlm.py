@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
 from anybit.errors import NotRepresentable, ShapeMismatch
-from anybit.quantizers.base import HfQuantizer
+from anybit.methods._calibrated import CalibratedQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.options import check_names, check_positive, parameter_owners
+from anybit.quantizers.options import check_names, check_positive, parameter_owners, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class AqlmConfig(QuantizationConfigMixin):
     linear_weights_not_to_quantize: list[str] | None = None
 
     method: ClassVar[str] = "aqlm"
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"aqlm-{books}x{bits}": {"num_codebooks": books, "nbits_per_codebook": bits}
+        for books, bits in ((1, 16), (2, 8), (3, 8))
+    }
 
     def post_init(self) -> None:
         check_positive(self, "in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
@@ -49,14 +53,41 @@ class AqlmConfig(QuantizationConfigMixin):
 
 
 @register_quantizer("aqlm")
-class AqlmHfQuantizer(HfQuantizer):
+class AqlmHfQuantizer(CalibratedQuantizer):
     """AQLM's layout. What is quantized is told by the stored tensors: `codes` or `weight`."""
 
-    requires_calibration = True
     layouts_available = True
+    calibrated_algorithm = "aqlm"
 
     def skipped_modules(self) -> Sequence[str] | None:
-        return parameter_owners(self.quantization_config.linear_weights_not_to_quantize)
+        listed = self.quantization_config.linear_weights_not_to_quantize
+        return parameter_owners(listed) if listed or self.pre_quantized else None
+
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        self.quantization_config.linear_weights_not_to_quantize = self.left_dense()
+        return super().model_config(config)
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.can_be_calibrated(module):
+            return None
+        config, (rows, columns) = self.quantization_config, module.shape
+        if config.nbits_per_codebook > WIDEST:
+            raise refuse(config, "nbits_per_codebook", f"a codebook has at most 2**{WIDEST} entries")
+        if rows % config.out_group_size or columns % config.in_group_size:
+            self.skip_reasons[module.name] = (
+                f"AQLM has no form for a shape of {module.shape}, no whole number of tiles of {config.out_group_size} x "
+                f"{config.in_group_size}"
+            )
+            return None
+        return layouts.AqlmLayout(
+            module.shape,
+            module.dtype,
+            config.num_codebooks,
+            config.nbits_per_codebook,
+            config.out_group_size,
+            config.in_group_size,
+            module.dtype if module.dtype in NUMBERS[:2] else "float16",
+        )
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         if not {"codes", "codebooks"} & set(stored):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
 from anybit.errors import MissingTensor, NotRepresentable, ShapeMismatch
-from anybit.quantizers.base import HfQuantizer
+from anybit.methods._calibrated import CalibratedQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_names, check_type, parameter_owners
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from anybit.weight.layout import Layout, ModuleInfo
 else:  # needed for tensors, not to select the backend
     layouts = LazyModule("anybit.methods._spqr_layout")
+
+OUTLIERS = 0.01  # of the weights, when a checkpoint is made
 
 
 @register_quantization_config("spqr")
@@ -36,6 +38,7 @@ class SpQRConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
 
     method: ClassVar[str] = "spqr"
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"spqr": {}}
 
     def post_init(self) -> None:
         for name in ("bits", "beta1", "beta2"):
@@ -48,11 +51,30 @@ class SpQRConfig(QuantizationConfigMixin):
 
 
 @register_quantizer("spqr")
-class SpQRHfQuantizer(HfQuantizer):
+class SpQRHfQuantizer(CalibratedQuantizer):
     """SpQR's layout. What is quantized is told by the stored tensors: `dense_weights` or `weight`."""
 
-    requires_calibration = True
     layouts_available = True
+    calibrated_algorithm = "spqr"
+
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        self.quantization_config.modules_to_not_convert = self.left_dense()
+        return super().model_config(config)
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.can_be_calibrated(module):
+            return None
+        rows, columns = module.shape
+        if rows % layouts.TILE or columns % 2 or columns > 1 << 15:
+            self.skip_reasons[module.name] = (
+                f"SpQR needs a multiple of {layouts.TILE} outputs and an even number of inputs up to 32768, its shape is "
+                f"{module.shape}"
+            )
+            return None
+        layout = layouts.SpqrLayout(module.shape, module.dtype, round(OUTLIERS * rows * columns))
+        for own, (_, shape) in layout.specs().items():
+            self.quantization_config.shapes[f"{module.name}.{own}.shape"] = shape[0]
+        return layout
 
     def skipped_modules(self) -> Sequence[str] | None:
         return parameter_owners(self.quantization_config.modules_to_not_convert)

@@ -7,13 +7,13 @@ outlier_indices, perm int16 [in], weight_scale and weight_bias [in] (or [out] wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import LazyModule
 from anybit.errors import ConfigError, NotRepresentable, ShapeMismatch, located
-from anybit.quantizers.base import HfQuantizer
+from anybit.methods._calibrated import CalibratedQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_names, check_objects, check_type, refuse
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
@@ -25,6 +25,7 @@ else:  # needed for tensors, not to select the backend
     layouts = LazyModule("anybit.methods._vptq_layout")
 
 NUMBERS = ("float16", "bfloat16", "float32")
+EVERY = "*"  # in shared_layer_config, when a checkpoint is made
 
 
 def _absent() -> list[int]:
@@ -61,7 +62,10 @@ class VptqLayerConfig(QuantizationConfigMixin):
 @register_quantization_config("vptq")
 @dataclass(eq=False, repr=False)
 class VptqConfig(QuantizationConfigMixin):
-    """`config_for_layers` by full module name, else `shared_layer_config` by the last part of the name; others stay dense."""
+    """`config_for_layers` by full module name, else `shared_layer_config` by the last part of the name; others stay dense.
+
+    To make a checkpoint, "*" in `shared_layer_config` stands for every linear layer; the result names each.
+    """
 
     enable_proxy_error: bool = False
     config_for_layers: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +73,18 @@ class VptqConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
 
     method: ClassVar[str] = "vptq"
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"vptq-v8-k{entries}-{residuals}": {
+            "shared_layer_config": {
+                "*": {
+                    "vector_lens": [-1, 8],
+                    "num_centroids": [-1, entries],
+                    "num_res_centroids": [-1, residuals or -1],
+                }
+            }
+        }
+        for entries, residuals in ((256, 256), (4096, 0), (65536, 0), (65536, 256))
+    }
 
     def post_init(self) -> None:
         check_names(self, "modules_to_not_convert")
@@ -85,17 +101,46 @@ class VptqConfig(QuantizationConfigMixin):
 
     def layer(self, module: str) -> VptqLayerConfig | None:
         """The settings of a module; None when it is not quantized."""
-        settings = self.config_for_layers.get(module) or self.shared_layer_config.get(module.rpartition(".")[2])
+        shared = self.shared_layer_config
+        settings = self.config_for_layers.get(module) or shared.get(module.rpartition(".")[2]) or shared.get(EVERY)
         found: VptqLayerConfig | None = None if settings is None else VptqLayerConfig.from_dict(settings)
         return found
 
 
 @register_quantizer("vptq")
-class VptqHfQuantizer(HfQuantizer):
+class VptqHfQuantizer(CalibratedQuantizer):
     """VPTQ's layout."""
 
-    requires_calibration = True
     layouts_available = True
+    calibrated_algorithm = "vptq"
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        super().begin(model, slots)
+        config = self.quantization_config
+        if not self.pre_quantized and not (config.config_for_layers or config.shared_layer_config):
+            raise ConfigError(
+                "VptqConfig says of no layer how to quantize it. Give shared_layer_config={'*': {'vector_lens': [-1, 8], "
+                "'num_centroids': [-1, 256], 'num_res_centroids': [-1, 256]}}, entries by name, or the scheme vptq-v8-k256-256"
+            )
+
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        self.quantization_config.shared_layer_config.pop(EVERY, None)
+        return super().model_config(config)
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        if not self.can_be_calibrated(module):
+            return None
+        config = self.quantization_config
+        settings = config.layer(module.name)
+        if settings is None:
+            self.skip_reasons[module.name] = "neither config_for_layers nor shared_layer_config has an entry for it"
+            return None
+        layout = _layout(module, settings, module.dtype if module.dtype in NUMBERS[:2] else "float16")
+        own = {name: value for name, value in settings.to_dict().items() if name != "quant_method"}
+        sizes = {"in_features": module.shape[1], "out_features": module.shape[0], "group_size": layout.group_size}
+        marks = {"bias": module.has_bias, "vector_quant_dim": "out", "enable_proxy_error": False}
+        config.config_for_layers[module.name] = {**own, **sizes, **marks}
+        return layout
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         if not {"indices", "centroids.weight"} & set(stored):
