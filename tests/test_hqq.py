@@ -461,3 +461,19 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
     assert torch.equal(model.model.layers[0].mlp.gate.dequantize(), made.to_dense())
     with torch.no_grad():
         assert (model(ids).logits - source(ids).logits).abs().max() < 0.02 * source(ids).logits.abs().max()
+
+
+def test_from_the_hub_pickles_are_fetched_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    golden, asked = GOLDEN / "hqq" / "pt-mixed-tags", []
+
+    def fetched(name: str, allow_patterns: list[str], **options: Any) -> str:
+        asked.append((name, "*.pt" in allow_patterns))
+        return str(golden)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    with pytest.raises(UnsafeFile, match="allow_pickle"):
+        anybit.plan("someone/some-model")
+    assert anybit.plan("someone/some-model", allow_pickle=True).method == "hqq"
+    assert asked == [("someone/some-model", False), ("someone/some-model", True)]

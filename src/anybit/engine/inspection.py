@@ -59,7 +59,7 @@ def inspect(
 
     A broken checkpoint is described as far as it goes; only a path that leads nowhere raises.
     """
-    location = locate(path, **(hub_options or {}))
+    location = locate(path, allow_pickle=allow_pickle, **(hub_options or {}))
     problems: list[str] = []
     config = architecture = checkpoint = found = None
     try:

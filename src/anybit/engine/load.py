@@ -151,7 +151,7 @@ def prepare(
     **model_options: Any,
 ) -> Prepared:
     """Everything `load` decides before it reads data: the backend first, then the model without weights, then the plan."""
-    location = locate(path, **(hub_options or {}))
+    location = locate(path, allow_pickle=allow_pickle, **(hub_options or {}))
     folder = location if location.is_dir() else location.parent
     quantizer = read_quantizer(location, quantization_config)
     device = devices.main_device(device_map)

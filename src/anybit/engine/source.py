@@ -16,9 +16,10 @@ from anybit.quantizers.bundle import Bundle
 
 # what a packed load reads; weights of other frameworks and code are never fetched
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.gguf", "*.model", "*.txt", "*.jinja"]
+PICKLES = ["*.bin", "*.pt", "*.pth"]  # fetched only for who allows them
 
 
-def locate(path: str | os.PathLike[str], **hub_options: Any) -> Path:
+def locate(path: str | os.PathLike[str], *, allow_pickle: bool = False, **hub_options: Any) -> Path:
     """A local folder or file. Anything that is not one is taken for a hub id and fetched through huggingface_hub."""
     local = Path(path).expanduser()
     if local.exists():
@@ -29,8 +30,9 @@ def locate(path: str | os.PathLike[str], **hub_options: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*HUB_PATTERNS, *PICKLES] if allow_pickle else HUB_PATTERNS
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, **hub_options))
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{name!r} is no folder here, and the hub could not be asked for it: {error}") from error
 
