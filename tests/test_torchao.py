@@ -26,6 +26,7 @@ from anybit.errors import (
 from anybit.methods import _torchao_configs as configs
 from anybit.methods._torchao_layouts import Int4TileLayout
 from anybit.methods._torchao_records import Record
+from anybit.methods.torchao import LEGACY
 from anybit.weight import ModuleInfo
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -559,3 +560,18 @@ def test_old_names_are_kept_in_the_configuration() -> None:
     assert {name: config.to_dict()[name] for name in given} == given
     config.update(quant_type=INT8)
     assert config.to_dict()["quant_type"] == {"default": INT8}
+
+
+@pytest.mark.parametrize("variant", ["legacy-bin-int8wo", "tiny-old-int8dyn-bf16"])
+def test_string_types_of_transformers_4_load(variant: str) -> None:
+    """transformers 5.23 stops at them with an AssertionError ("Expected only one key 'default'")."""
+    golden = TORCHAO / variant
+    written = json.loads((golden / "config.json").read_text())["quantization_config"]
+    assert isinstance(written["quant_type"], str)
+    reference = load_file(golden / "reference.safetensors")
+    model: Any = anybit.load(golden, allow_pickle=True)
+    config = model.config.quantization_config
+    assert config.quant_type["_type"] == LEGACY[written["quant_type"]]
+    with torch.no_grad():
+        error = (model(reference["input_ids"]).logits.float() - reference["logits"]).abs().max()
+    assert error <= json.loads((golden / "fixture.json").read_text())["logits_atol"]
