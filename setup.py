@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,7 +34,11 @@ QUIET = ["-Wno-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # variant -> its flags; each is one file, and left out if the compiler cannot build it
-VARIANTS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+VARIANTS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512vbmi": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"],
+}
 
 
 def _is_x86() -> bool:
@@ -70,9 +75,14 @@ class OptionalNative(build_ext):
         folder = Path(self.build_temp) / "anybit_cpu"
         objects, found = [], []
         if unix and _is_x86():
-            for name, flags in VARIANTS.items():
+            with ThreadPoolExecutor(os.cpu_count() or 1) as at_once:
+                built = {
+                    name: at_once.submit(self._compile, folder, [f"grid_{name}.cpp"], [*common, *flags])
+                    for name, flags in VARIANTS.items()
+                }
+            for name, result in built.items():
                 try:
-                    objects += self._compile(folder, [f"grid_{name}.cpp"], [*common, *flags])
+                    objects += result.result()
                     found.append(name)
                 except Exception as error:
                     self.warn(f"anybit: no {name} kernels, the compiler cannot build them ({error})")

@@ -16,6 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anybit import kernels
+from anybit.errors import InvalidOption
 from anybit.kernels import available, choose, get
 from anybit.kernels.cpu import native
 from anybit.testing.kernel_laws import TOLERANCE
@@ -194,7 +196,60 @@ def plain(rows: int, columns: int, bits: int = 4, group: int = 32) -> nodes.Grid
     )
 
 
+def with_minimums(bits: int, scale_bits: int, group: int, columns: int, rows: int = 9) -> nodes.Grid:
+    """llama.cpp's Q4_K and its like: scales and minimums are codes, every 256 columns have a scale for each."""
+    groups, blocks = columns // group, columns // 256
+    scale = nodes.Grid(
+        codes(rows, groups, bits=scale_bits),
+        nodes.Values(positive(rows, blocks, dtype=torch.float16)),
+        block=(1, 256 // group),
+    )
+    minimum = nodes.Grid(
+        codes(rows, groups, bits=scale_bits, seed=2), nodes.Values(positive(rows, blocks, seed=2, dtype=torch.float16), negated=True),
+        block=(1, 256 // group),
+    )  # fmt: skip
+    return nodes.Grid(codes(rows, columns, bits=bits), scale, offset=minimum, block=(1, group))
+
+
+def with_signed_scales(bits: int, scale_bits: int, group: int, columns: int, levels: str | None = None) -> nodes.Grid:
+    """Q6_K, Q3_K and IQ4_XS."""
+    scale = nodes.Grid(
+        codes(7, columns // group, bits=scale_bits, signed=True), nodes.Values(positive(7, columns // 256, dtype=torch.float16)),
+        block=(1, 256 // group),
+    )  # fmt: skip
+    return nodes.Grid(codes(7, columns, bits=bits, signed=levels is None), scale, levels=levels, block=(1, group))
+
+
+NESTED = {
+    "Q4_K": with_minimums(4, 6, 32, 512),
+    "Q4_K, wide": with_minimums(4, 6, 32, 8960, 3),
+    "Q5_K": with_minimums(5, 6, 32, 768),
+    "Q2_K": with_minimums(2, 4, 16, 512),
+    "Q6_K": with_signed_scales(6, 8, 16, 768),
+    "Q3_K": with_signed_scales(3, 6, 16, 512),
+    "IQ4_XS": with_signed_scales(4, 6, 32, 512, "iq4_nl"),
+    "scales of straddling blocks": double_quantized(6, 64 * 13),
+    "small floats with one scale": nodes.Grid(
+        codes(5, 320, bits=4),
+        nodes.Grid(codes(5, 20, bits=8, below=0x7F), nodes.Values(positive(1, 1)), levels="e4m3"), levels="e2m1", block=(1, 16),
+    ),
+    "scales as one row": nodes.Grid(
+        codes(6, 256, bits=4),
+        nodes.View(
+            nodes.Grid(
+                codes(1, 24, bits=8), nodes.Values(positive(1, 2)), offset=nodes.Values(positive(1, 1)),
+                levels=torch.linspace(-1, 1, 256), block=(1, 16),
+            ), 6, 4,
+        ),
+        levels="nf4", block=(1, 64),
+    ),
+    "nested zeros": nodes.Grid(
+        codes(5, 256, bits=3), nodes.Values(positive(5, 16)),
+        nodes.Grid(codes(5, 16, bits=3), nodes.Values(positive(5, 1)), block=(1, 16)), block=(1, 16),
+    ),
+}  # fmt: skip
 TREES = {
+    **NESTED,
     "nested nf4": double_quantized(),
     "blocks of whole rows": nodes.View(nodes.Grid(codes(6, 64, bits=4), nodes.Values(positive(6, 1)), levels="nf4"), 12, 32),
     "one flat row": nodes.View(
@@ -223,6 +278,98 @@ TREES = {
 @pytest.mark.parametrize("name", TREES)
 def test_trees_around_grids_agree_with_the_reference(level: str, name: str) -> None:
     check(TREES[name])
+
+
+@needs_library
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_scales_stay_as_small_as_they_are(name: str) -> None:
+    weight = Weight(NESTED[name])
+    _, tensors = get("cpu").prepare(weight)
+    tables = 1024  # bytes: of 256 numbers
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= weight.bytes_in_memory + tables
+
+
+# --- inputs rounded to bytes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("ANYBIT_CPU_ACCURACY", "fast")
+    return get("cpu_fast")
+
+
+def in_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x in steps of the largest number over 127, of every 32 columns."""
+    columns = x.shape[1]
+    blocks = torch.nn.functional.pad(x.float(), (0, -columns % 32)).unflatten(1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    steps = blocks * torch.where(scale > 0, 1 / scale, 0)
+    return ((steps + torch.where(steps < 0, -0.5, 0.5)).trunc() * scale).flatten(1)[:, :columns]
+
+
+FAST = {
+    **{f"{bits} bits": plain(9, 704, bits, 32) for bits in range(1, 9)},
+    **{f"{bits} bits, groups of 128": plain(6, 1100, bits, 128) for bits in (2, 3, 4, 6, 8)},
+    "signed, zeros, an odd width": nodes.Grid(
+        codes(10, 333, bits=4, signed=True), nodes.Values(positive(10, 14)), codes(10, 14, bits=3), block=(1, 24)
+    ),
+    "one scale a row": plain(5, 1000, 8, 1024),
+    "e2m1": nodes.Grid(codes(6, 320, bits=4), nodes.Values(positive(6, 10)), levels="e2m1", block=(1, 32)),
+    **{name: tree for name, tree in NESTED.items() if name not in ("scales of straddling blocks", "scales as one row")},
+}  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("name", FAST)
+def test_fast_is_the_reference_with_rounded_inputs(level: str, fast: Any, name: str) -> None:
+    weight = Weight(FAST[name])
+    assert fast.refuses(weight, CPU) is None
+    spec, tensors = fast.prepare(weight)
+    assert same(fast.restore(spec, tensors), weight)
+    dense, largest = weight.to_dense(torch.float32), largest_sums_of(weight.tree)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, weight.shape[1], generator=generator(batch))
+        cancelled = 0.0 if largest is None else (x.double().abs() @ largest.T).max().item()
+        assert_close(fast.linear(x, spec, tensors, None), in_bytes(x) @ dense.T, name, cancelled)
+    many = torch.randn(native.MANY, weight.shape[1], generator=generator(9))
+    assert_close(fast.linear(many, spec, tensors, None), many @ dense.T, "many rows are not rounded", 30 * cancelled)
+
+
+@needs_library
+def test_fast_rounds_tables_too(level: str, fast: Any) -> None:
+    """NF4's numbers are no multiples of one; in 8 bits they are off by at most a 254th of the largest."""
+    weight = Weight(double_quantized(16, 512))
+    spec, tensors = fast.prepare(weight)
+    x = torch.randn(1, 512, generator=generator(1))
+    wanted = x @ weight.to_dense(torch.float32).T
+    ours = fast.linear(x, spec, tensors, None)
+    assert (ours - wanted).norm() <= 0.015 * wanted.norm()
+    assert not torch.equal(ours, wanted)
+
+
+@needs_library
+def test_fast_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Weight(plain(4, 64))
+    assert choose(weight, CPU).kernel.name == "cpu"
+    assert "set_accuracy" in (get("cpu_fast").refuses(weight, CPU) or "")
+    monkeypatch.setattr("anybit.kernels.cpu._wanted", [])
+    kernels.set_accuracy("fast")
+    choice = choose(weight, CPU)
+    assert choice.kernel.name == "cpu_fast"
+    assert "cpu: the fast kernel was asked for" in choice.reason
+    bytes_of_floats = Weight(nodes.Grid(codes(4, 64, bits=8, below=0x7F), levels="e4m3"))
+    assert choose(bytes_of_floats, CPU).kernel.name == "cpu"
+    with pytest.raises(InvalidOption, match="'quick'"):
+        kernels.set_accuracy("quick")
+
+
+@needs_library
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fast_does_not_hide_what_is_no_number(level: str, fast: Any, value: float) -> None:
+    spec, tensors = fast.prepare(Weight(plain(4, 64)))
+    x = torch.ones(1, 64)
+    x[0, 40] = value
+    assert not fast.linear(x, spec, tensors, None).isfinite().any()
 
 
 @needs_library
@@ -297,6 +444,10 @@ def test_experts_touch_only_what_is_routed(level: str) -> None:
         assert_close(
             kernel.experts(x, ends, spec, tensors), reference.experts(x, ends, *reference.prepare(weight)), "experts"
         )
+    spec, tensors = kernel.prepare(Weight(stacked))
+    for wrong in ([1, 1, 40, 43], [1, 0, 40, 42], [1, 1, 40, 41, 42]):
+        with pytest.raises(RuntimeError, match="4 experts and 42 rows"):
+            kernel.experts(x, torch.tensor(wrong), spec, tensors)
 
 
 @needs_library

@@ -22,4 +22,4 @@ for name, config in configs.items():
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
     sizes[name] = model.get_memory_footprint()
     print(f"{name:<20} {sizes[name]:>12,} bytes")
-assert sizes["nf4"] < sizes["int8"] < sizes["bfloat16"]
+assert sizes["nf4, nested scales"] < sizes["nf4"] < sizes["int8"] < sizes["bfloat16"]

@@ -11,7 +11,17 @@ import types
 from anybit.kernels.base import Kernel
 from anybit.kernels.registry import Choice, KernelInfo, available, choose, get, infos
 
-__all__ = ["Choice", "Kernel", "KernelInfo", "available", "choose", "get", "infos"]
+__all__ = ["Choice", "Kernel", "KernelInfo", "available", "choose", "get", "infos", "set_accuracy"]
+
+
+def set_accuracy(accuracy: str) -> None:
+    """What weights loaded from now on are multiplied with on the CPU: "exact" (the default), or "fast".
+
+    Fast rounds the inputs of few tokens to 8 bits, 32 columns sharing a scale; `explain` says where it is done.
+    """
+    from anybit.kernels import cpu
+
+    cpu.set_accuracy(accuracy)
 
 
 class _Kernels(types.ModuleType):

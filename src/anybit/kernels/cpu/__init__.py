@@ -1,14 +1,19 @@
 """Native CPU kernels: grids of 1- to 8-bit codes, multiplied from their packed bytes (csrc/, called through ctypes).
 
-Accuracy: sums in float32 whatever the input's dtype, and weights too, with two exceptions for a bfloat16 input on CPUs that
-multiply bfloat16: tables that it cannot hold (NF4) keep 16 bits, and from native.MANY rows of input on weights are rounded to
-bfloat16, as they would be in a dense layer of that dtype. The dense weight never exists.
+Accuracy of `cpu`: sums in float32 whatever the input's dtype, and weights too, with two exceptions for a bfloat16 input on CPUs
+that multiply bfloat16: numbers of tables that it cannot hold (NF4) are rounded to it, and from native.MANY rows of input on all
+weights are, as they would be in a dense layer of that dtype. The dense weight never exists.
+
+`cpu_fast` has to be asked for (`anybit.kernels.set_accuracy("fast")` before loading, or ANYBIT_CPU_ACCURACY=fast): with fewer
+than native.MANY rows of input it rounds them to 8 bits, 32 columns sharing a scale, as llama.cpp does. It prepares weights as
+`cpu` does; `explain` and plans name it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,13 +21,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybit.errors import InvalidOption
 from anybit.kernels.base import Kernel
 from anybit.kernels.cpu import native
-from anybit.kernels.cpu.trees import TABLE, Refused, Workspace, program_of, restored
+from anybit.kernels.cpu.trees import TABLE, Refused, Workspace, program_of, restored, rounds_inputs
 from anybit.weight import Weight
 from anybit.weight.activation import RULES
 
+ACCURACY_VARIABLE = "ANYBIT_CPU_ACCURACY"
+_wanted: list[str] = []  # what `set_accuracy` was told last
+
 _TILE = 1 << 20  # weights of a tile that a gradient is multiplied with
+
+
+def set_accuracy(accuracy: str) -> None:
+    """What weights loaded from now on are multiplied with on the CPU: "exact" (the default) or "fast", which rounds inputs."""
+    _checked(accuracy, "set_accuracy")
+    _wanted[:] = [accuracy]
+
+
+def accuracy() -> str:
+    """What `set_accuracy` or the environment variable ANYBIT_CPU_ACCURACY asked for."""
+    return _wanted[0] if _wanted else _checked(os.environ.get(ACCURACY_VARIABLE) or "exact", ACCURACY_VARIABLE)
+
+
+def _checked(accuracy: str, where: str) -> str:
+    if accuracy not in ("exact", "fast"):
+        raise InvalidOption(f"{where}: an accuracy of {accuracy!r}; it is 'exact' or 'fast'")
+    return accuracy
 
 
 class CpuGrid(Kernel):
@@ -34,33 +60,43 @@ class CpuGrid(Kernel):
         "native code for grids of 1- to 8-bit codes: integers, 16-entry tables, FP8, bytes with any activation rule"
     )
 
+    fast = False
+
     def unavailable(self) -> str | None:
         return native.why_not()
 
     def refuses(self, weight: Weight, device: torch.device) -> str | None:
+        if accuracy() == "fast" and FAST.refuses(weight, device) is None:
+            return "the fast kernel was asked for"
+        return self.cannot(weight, device)
+
+    def cannot(self, weight: Weight, device: torch.device) -> str | None:
+        """Why the tree is none of ours."""
         if device.type not in ("cpu", "meta"):
             return f"runs on the CPU, not on {device.type}"
         if weight.activation is not None and weight.activation.rule not in RULES:
             return f"activation rule {weight.activation.rule!r} is not registered"
         scheme = weight.map(_on_meta)
         try:
-            program_of(scheme.tree, Workspace(scheme))
+            program = program_of(scheme.tree, Workspace(scheme, nested=True))
         except Refused as reason:
             return str(reason)
+        if self.fast and not rounds_inputs(program):
+            return "no part of it has codes that are multiplied in bytes"
         return None
 
     def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
-        space = Workspace(weight)
+        space = Workspace(weight, nested=True)
         program = program_of(weight.tree, space)
         spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
         return json.dumps(spec, default=asdict, separators=(",", ":")), space.tensors
 
     def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
-        form = _form(spec)
+        form = _form(spec, self.fast)
         return restored(form.structure, tensors[: form.own], form.moved, tensors)
 
     def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
-        form = _form(spec)
+        form = _form(spec, self.fast)
         if form.rule is not None:
 
             def product(rows: Tensor) -> Tensor:
@@ -70,29 +106,47 @@ class CpuGrid(Kernel):
         return form.program.linear(x, tensors, bias, x.dtype)
 
     def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
-        program = _form(spec).program
+        program = _form(spec, self.fast).program
         total = torch.zeros(gradient.shape[0], program.columns, dtype=torch.float32)
         program.add_gradient(gradient, tensors, total)
         return total.to(gradient.dtype)
 
     def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
-        program = _form(spec).program
+        program = _form(spec, self.fast).program
         if isinstance(program, Leaf):
             return program.take_rows(index, tensors)
         return super().take_rows(index, spec, tensors)
 
     def experts(self, x: Tensor, ends: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
-        form = _form(spec)
+        form = _form(spec, self.fast)
         if form.rule is not None:
             return super().experts(x, ends, spec, tensors)
         form.program.check(x)
-        y = torch.empty(x.shape[0], form.program.rows, dtype=x.dtype)
-        start = 0
-        for expert, stop in enumerate(ends.tolist()):
-            if stop > start:
-                form.program.into(_readable(x[start:stop]), tensors, None, y[start:stop], expert=expert)
-            start = stop
-        return y
+        dtype = x.dtype if x.dtype in native.KINDS else torch.float32
+        y = torch.empty(x.shape[0], form.program.rows, dtype=dtype)
+        form.program.each_expert(_readable(x), ends, tensors, y)
+        return y.to(x.dtype)
+
+
+class CpuFast(CpuGrid):
+    """The same with inputs rounded to 8 bits, where few rows of them meet codes that can be multiplied in bytes."""
+
+    name = "cpu_fast"
+    rank = 40
+    description = (
+        "as cpu, with inputs rounded to 8 bits in blocks of 32; only if anybit.kernels.set_accuracy('fast') asks for it"
+    )
+    fast = True
+
+    def refuses(self, weight: Weight, device: torch.device) -> str | None:
+        if accuracy() != "fast":
+            return "rounds inputs to 8 bits; anybit.kernels.set_accuracy('fast') asks for it"
+        if weight.activation is not None:
+            return f"the weight has an input rule of its own ({weight.activation.rule})"
+        return self.cannot(weight, device)
+
+
+FAST = CpuFast()
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -114,7 +168,7 @@ class Form:
 
 
 @functools.lru_cache(maxsize=4096)
-def _form(spec: str) -> Form:
+def _form(spec: str, fast: bool = False) -> Form:
     parts = json.loads(spec)
     activation = json.loads(parts["structure"]).get("activation")
     return Form(
@@ -122,15 +176,16 @@ def _form(spec: str) -> Form:
         parts["own"],
         {int(slot): moves for slot, moves in parts["moved"].items()},
         activation and activation["rule"],
-        _build(parts["program"]),
+        _build(parts["program"], fast),
     )
 
 
-def _build(program: dict[str, Any]) -> Program:
+def _build(program: dict[str, Any], fast: bool) -> Program:
     ((kind, content),) = program.items()
     if kind == "grid":
-        return Leaf(content)
-    return {"rows": RowParts, "columns": ColumnParts, "stack": ExpertParts}[kind]([_build(part) for part in content])
+        return Leaf(content, fast)
+    parts = [_build(part, fast) for part in content]
+    return {"rows": RowParts, "columns": ColumnParts, "stack": ExpertParts}[kind](parts)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -166,6 +221,14 @@ class Program:
         """Write x @ W.T + bias into y, or add it to a float32 y."""
         raise NotImplementedError(type(self).__name__)
 
+    def each_expert(self, x: Tensor, ends: Tensor, tensors: list[Tensor], y: Tensor) -> None:
+        """Products of a stack: expert e owns rows ends[e-1] .. ends[e] of x and y."""
+        start = 0
+        for expert, stop in enumerate(ends.tolist()):
+            if stop > start:
+                self.into(x[start:stop], tensors, None, y[start:stop], expert=expert)
+            start = stop
+
     def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
         """total [n, columns] += gradient [n, rows] @ W."""
         raise NotImplementedError(type(self).__name__)
@@ -174,7 +237,8 @@ class Program:
 class Leaf(Program):
     """One grid: a call of the library."""
 
-    def __init__(self, grid: dict[str, Any]):
+    def __init__(self, grid: dict[str, Any], fast: bool = False):
+        self.fast = fast
         self.rows, self.codes_columns = grid["rows"], grid["columns"]
         self.shape = native.Shape(
             *(grid[name] for name in ("rows", "columns", "row_bytes", "bits", "levels", "group", "compute")),
@@ -183,6 +247,9 @@ class Leaf(Program):
         slots = [grid["codes"], grid["table"]]
         slots += [grid[name] and grid[name]["slot"] for name in ("scale", "zero", "offset")]
         slots.append(grid["permutation"])
+        for name in ("scale", "zero", "offset"):
+            nested = grid[name] and grid[name]["nested"]
+            slots += [nested and nested["table"], nested and nested["scale"], nested and nested["offset"]]
         self.slots = [None if slot is None else (slot["position"], slot["stride"]) for slot in slots]
         self.order = grid["permutation"] and grid["permutation"]["position"]
         self.columns = grid["inputs"]
@@ -190,14 +257,27 @@ class Leaf(Program):
         self.many = native.MANY_ROUNDED if one_by_one else native.MANY
 
     def pointers(self, tensors: list[Tensor], expert: int) -> native.Tensors:
-        return native.Tensors(
-            *(None if slot is None else tensors[slot[0]].data_ptr() + expert * slot[1] for slot in self.slots)
-        )
+        found = [None if slot is None else tensors[slot[0]].data_ptr() + expert * slot[1] for slot in self.slots]
+        nested = (native.Nested * 3)(*(native.Nested(*found[at : at + 3]) for at in (6, 9, 12)))
+        return native.Tensors(*found[:6], nested)
 
     def into(
         self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
     ) -> None:
-        native.linear(self.shape, self.pointers(tensors, expert), x, bias, y, add, self.many)
+        native.linear(self.shape, self.pointers(tensors, expert), x, bias, y, add, self.many, self.fast)
+
+    def each_expert(self, x: Tensor, ends: Tensor, tensors: list[Tensor], y: Tensor) -> None:
+        ends = ends.to(torch.int64).contiguous()
+        rows, experts = (
+            [0, *ends.tolist()],
+            min((tensors[p].shape[0] for p, s in filter(None, self.slots) if s), default=len(ends)),
+        )
+        if len(ends) > experts or rows != sorted(rows) or rows[-1] > x.shape[0]:
+            raise RuntimeError(
+                f"rows of {len(ends)} experts that end at {rows[1:]} for {experts} experts and {x.shape[0]} rows"
+            )
+        strides = [0 if slot is None else slot[1] for slot in self.slots]
+        native.experts(self.shape, self.pointers(tensors, 0), strides, ends, x, y, self.many, self.fast)
 
     def tiles(self, pointers: native.Tensors, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first row, tile) over the whole weight, in the order of the codes; one buffer for all."""
@@ -233,7 +313,12 @@ class Leaf(Program):
 def _parameter(content: dict[str, Any] | None) -> native.Parameter:
     if content is None:
         return native.Parameter(0, 1, 0, 1, 0, 0)
-    return native.Parameter(*(content[name] for name in ("kind", "down", "row_stride", "width", "inverted", "negated")))
+    own = [content[name] for name in ("kind", "down", "row_stride", "width", "inverted", "negated")]
+    if nested := content["nested"]:
+        own += [
+            nested[name] for name in ("bits", "levels", "group", "count", "scale_kind", "scale_negated", "offset_kind")
+        ]
+    return native.Parameter(*own)
 
 
 class RowParts(Program):
@@ -298,4 +383,4 @@ class ExpertParts(Program):
         self.parts[expert].into(x, tensors, bias, y, add)
 
 
-KERNELS = [CpuGrid()]
+KERNELS = [CpuGrid(), FAST]

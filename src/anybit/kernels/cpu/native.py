@@ -1,8 +1,8 @@
 """The shared library of the CPU kernels: finding it, choosing an instruction-set level, calling it.
 
 A plain C ABI through ctypes; calls release the GIL. Threads are torch's own: on Linux the OpenMP runtime that torch has
-loaded is handed to the library as a function pointer, so there is no second pool. ANYBIT_CPU_ISA=scalar|avx2|avx512 forces a
-level.
+loaded is handed to the library as a function pointer, so there is no second pool. ANYBIT_CPU_ISA=scalar|avx2|avx512|avx512bf16|
+avx512vbmi forces a level.
 """
 
 from __future__ import annotations
@@ -22,14 +22,26 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
 # 4096 x 4096: 36 for int4, 24 for NF4, 28 for int8, 5 where each weight is rounded by itself.
 MANY, MANY_ROUNDED = 28, 6
-ABI = 2  # anybit_abi() of the sources beside this file
+ABI = 3  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
 
 class Parameter(ctypes.Structure):
     """`anybit_parameter` of grid.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "down", "row_stride", "width", "inverted", "negated")]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "down", "row_stride", "width", "inverted", "negated")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("bits", "levels", "group", "count", "scale_kind", "scale_negated", "offset_kind")
+        ),
+    ]
+
+
+class Nested(ctypes.Structure):
+    """`anybit_nested` of grid.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("table", "scale", "offset")]
 
 
 class Shape(ctypes.Structure):
@@ -44,7 +56,10 @@ class Shape(ctypes.Structure):
 class Tensors(ctypes.Structure):
     """`anybit_tensors` of grid.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "table", "scale", "zero", "offset", "permutation")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "zero", "offset", "permutation")),
+        ("nested", Nested * 3),
+    ]
 
 
 class Product(ctypes.Structure):
@@ -56,7 +71,7 @@ class Product(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("bias_kind", ctypes.c_int64),
         ("y", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("y_kind", "y_row", "accumulate")),
+        *((name, ctypes.c_int64) for name in ("y_kind", "y_row", "accumulate", "fast")),
     ]
 
 
@@ -87,6 +102,8 @@ def _load() -> ctypes.CDLL | str:
     library.anybit_use_level.argtypes, library.anybit_use_level.restype = [ctypes.c_char_p], integer
     library.anybit_use_gomp.argtypes, library.anybit_use_gomp.restype = [pointer], None
     library.anybit_linear.argtypes, library.anybit_linear.restype = [*[pointer] * 3, integer, integer], integer
+    library.anybit_linear_experts.argtypes = [*[pointer] * 5, *[integer] * 3]
+    library.anybit_linear_experts.restype = integer
     library.anybit_decode.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] + [integer] * 3
     library.anybit_decode.restype = None
     library.anybit_use_gomp(_gomp_parallel())
@@ -154,19 +171,49 @@ def linear(
     y: Tensor,
     accumulate: bool = False,
     many: int = MANY,
+    fast: bool = False,
 ) -> None:
     """y [n, rows] = x [n, columns] @ W.T + bias; x of any strides, y with adjacent columns.
 
     From `many` rows of x on, blocks of the weight are decoded once, into bfloat16 for a bfloat16 x where the CPU multiplies it.
+    `fast`: below that, x is rounded to 8 bits, in blocks of 32 columns, wherever codes are integers or a table of 16 numbers.
     """
-    product = Product(
+    product = _product(x, bias, y, accumulate, fast)
+    _succeed(
+        library().anybit_linear(
+            ctypes.byref(shape), ctypes.byref(tensors), ctypes.byref(product), many, torch.get_num_threads()
+        ),
+        x,
+    )
+
+
+def experts(
+    shape: Shape, tensors: Tensors, strides: list[int], ends: Tensor, x: Tensor, y: Tensor, many: int, fast: bool
+) -> None:
+    """`linear` for every expert of a stack that owns rows of x: expert e those from ends[e-1] to ends[e] (int64).
+
+    `strides`: bytes from one expert to the next of every pointer in `tensors`, in its order.
+    """
+    product = _product(x, None, y, False, fast)
+    steps = (ctypes.c_int64 * len(strides))(*strides)
+    _succeed(
+        library().anybit_linear_experts(
+            ctypes.byref(shape), ctypes.byref(tensors), steps, ctypes.byref(product),
+            ends.data_ptr(), ends.numel(), many, torch.get_num_threads(),
+        ),
+        x,
+    )  # fmt: skip
+
+
+def _product(x: Tensor, bias: Tensor | None, y: Tensor, accumulate: bool, fast: bool) -> Product:
+    return Product(
         x.data_ptr(), KINDS[x.dtype], x.shape[0], x.stride(0), x.stride(1),
         None if bias is None else bias.data_ptr(), 0 if bias is None else KINDS[bias.dtype],
-        y.data_ptr(), KINDS[y.dtype], y.stride(0), accumulate,
+        y.data_ptr(), KINDS[y.dtype], y.stride(0), accumulate, fast,
     )  # fmt: skip
-    failed = library().anybit_linear(
-        ctypes.byref(shape), ctypes.byref(tensors), ctypes.byref(product), many, torch.get_num_threads()
-    )
+
+
+def _succeed(failed: int, x: Tensor) -> None:
     if failed:
         raise MemoryError(f"no memory for the inputs of a product, {tuple(x.shape)} in float32")
 

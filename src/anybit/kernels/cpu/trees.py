@@ -1,7 +1,8 @@
 """Which weight trees the native kernels read, and how: a tree becomes a small program over the tensors it was made of.
 
-Codes stay where and as they are: the kernels read the canonical packing. What is added are a few small tensors (scales
-that are grids themselves, unpacked zeros), so a weight costs hardly more than its bytes and `restore` is exact for nothing.
+Codes stay where and as they are: the kernels read the canonical packing, of scales that are grids themselves too. What is
+added are a few small tensors (tables, unpacked zeros), so a weight costs hardly more than its bytes and `restore` is exact for
+nothing.
 Only act-order columns are moved, so that a group is a run again; the way back is kept.
 
 A program is plain data, part of the kernel's spec:
@@ -27,7 +28,7 @@ from anybit.weight.packing import row_bytes
 COMPUTE = {"float32": 0, "bfloat16": 1, "float16": 2}
 UNSIGNED, SIGNED, TABLE, E4M3, E5M2 = range(5)
 _FLOAT_PARAMETERS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.int8: 5}
-_E8M0 = 6
+_E8M0, _NESTED = 6, 7
 _ONE_FOR_ALL = 1 << 40  # rows that share a parameter, when all do
 
 
@@ -54,6 +55,23 @@ class Parameter:
     width: int
     inverted: bool = False
     negated: bool = False
+    nested: Nested | None = None
+
+
+@dataclass
+class Nested:
+    """What makes numbers of a parameter's codes: `anybit_parameter`, and where its tensors are."""
+
+    bits: int
+    levels: int
+    group: int
+    count: int
+    scale_kind: int
+    scale: Slot
+    scale_negated: bool = False
+    offset_kind: int = 0
+    offset: Slot | None = None
+    table: Slot | None = None
 
 
 @dataclass
@@ -82,7 +100,8 @@ class Workspace:
     On the meta device what is derived gets the size that it has for the numbers a format writes, so that plans can count it.
     """
 
-    def __init__(self, weight: Weight):
+    def __init__(self, weight: Weight, nested: bool = False):
+        self.nested = nested  # whether codes of scales stay codes
         self.tensors = [tensor.detach().contiguous() for tensor in weight.tensors]
         self.own = len(self.tensors)
         self.meta = any(tensor.device.type == "meta" for tensor in self.tensors)
@@ -116,6 +135,16 @@ def program_of(tree: Node, space: Workspace) -> dict[str, Any]:
     if len(tree.shape) == 3 and _has_group_index(tree):
         raise Refused("a stack of experts with an order of columns each; a matrix of that kind is accepted")
     return {"grid": _grid_of(tree, space)}
+
+
+def rounds_inputs(program: dict[str, Any]) -> bool:
+    """Whether any part of a program is multiplied in bytes by the fast kernel."""
+    ((kind, content),) = program.items()
+    if kind != "grid":
+        return any(rounds_inputs(part) for part in content)
+    return content.compute == 0 and (
+        content.levels in (UNSIGNED, SIGNED) or (content.levels == TABLE and content.bits == 4)
+    )
 
 
 def _has_group_index(tree: Node) -> bool:
@@ -234,6 +263,8 @@ def _has_nan(codes: Tensor) -> bool:
 def _stored_table(table: Tensor, bits: int, stacked: bool, space: Workspace) -> Slot:
     if table.shape[-1] > 1 << bits:
         raise Refused(f"a table of {table.shape[-1]} entries for {bits}-bit codes")
+    if space.nested and table.dtype == torch.float32 and table.shape[-1] == 1 << bits:
+        return space.own_slot(table, table.dim() == 2 and stacked)
     full = torch.nn.functional.pad(table.to(torch.float32), (0, (1 << bits) - table.shape[-1]))
     return space.add(full, table.dim() == 2 and stacked)
 
@@ -244,9 +275,89 @@ def _stored_table(table: Tensor, bits: int, stacked: bool, space: Workspace) -> 
 def _parameter(
     node: Node, name: str, down: int, space: Workspace, select: Callable[[Tensor], Tensor] | None
 ) -> Parameter:
+    if select is None and (found := _nested(node, space)):
+        slot, nested = found
+        high, wide = node.shape[-2:]
+        return Parameter(
+            _NESTED, slot, down if high > 1 else _ONE_FOR_ALL, wide if high > 1 else 0, wide, nested=nested
+        )
     kind, slot, shape, inverted, negated = _numbers(node, name, space, select)
     high, wide = shape[-2:]
     return Parameter(kind, slot, down if high > 1 else _ONE_FOR_ALL, wide if high > 1 else 0, wide, inverted, negated)
+
+
+def _nested(node: Node, space: Workspace) -> tuple[Slot, Nested] | None:
+    """Codes of a parameter and how they are read, where the kernels can; None: its numbers are worked out once."""
+    if not space.nested:
+        return None
+    if isinstance(node, nodes.View):  # values are counted one after the other, whatever their rows
+        rows, columns = node.shape[-2:]
+        return _nested(node.child, space) if rows * columns <= node.child.shape[-2] * node.child.shape[-1] else None
+    match node:
+        case nodes.Grid(codes=nodes.Codes() as codes, zero=None, group_index=None, compute="float32"):
+            high, wide = codes.shape[-2:]
+            if codes.bits > 8 or (high > 1 and wide * codes.bits % 8) or codes.packed.dim() != len(node.shape):
+                return None
+            own, bits, signed = codes.packed, codes.bits, codes.signed
+        case nodes.Grid(codes=nodes.Values() as values, zero=None, group_index=None, compute="float32"):
+            if (
+                values.tensor.dtype not in (torch.uint8, torch.int8)
+                or values.levels
+                or values.negated
+                or values.inverted
+            ):
+                return None
+            high, wide = values.tensor.shape[-2:]
+            own, bits, signed = values.tensor, 8, values.tensor.dtype == torch.int8
+            if own.dim() != len(node.shape):
+                return None
+        case _:
+            return None
+    scale, offset = node.scale, node.offset
+    if not isinstance(scale, nodes.Values) or scale.inverted or (kind := _stored_kind(scale)) is None:
+        return None
+    group = _flat_group((high, wide), node.block, (scale.shape[-2], scale.shape[-1]))
+    if group is None or group % 8:
+        return None
+    stacked = len(node.shape) == 3
+    table, levels_kind = None, SIGNED if signed else UNSIGNED
+    if node.levels is not None:
+        if signed or (isinstance(node.levels, str) and levels.BITS[node.levels] != bits):
+            return None
+        levels_kind = TABLE
+        if isinstance(node.levels, Tensor):
+            if node.levels.shape[-1] > 1 << bits:
+                return None
+            table = _stored_table(node.levels, bits, stacked, space)
+        elif node.levels == "e4m3" and (space.meta or not _has_nan(own)):
+            levels_kind = E4M3
+        else:
+            table = space.add(levels.table(node.levels).to("meta" if space.meta else "cpu"))
+    found = Nested(bits, levels_kind, group, high * wide, kind, space.own_slot(scale.tensor, scale.tensor.dim() == 3))
+    found.scale_negated, found.table = scale.negated, table
+    if offset is not None:
+        plain = isinstance(offset, nodes.Values) and not (offset.inverted or offset.negated)
+        if not plain or offset.shape[-2:] != (1, 1) or (offset_kind := _stored_kind(offset)) is None:  # type: ignore[arg-type]
+            return None
+        found.offset_kind = offset_kind
+        found.offset = space.own_slot(offset.tensor, offset.tensor.dim() == 3)  # type: ignore[attr-defined]
+    return space.own_slot(own, stacked), found
+
+
+def _flat_group(shape: tuple[int, int], block: tuple[int, int], scales: tuple[int, int]) -> int | None:
+    """Values that share a scale, counted row by row over all of them; None if they are no runs."""
+    high, wide = shape
+    if scales == (1, 1):
+        return _ONE_FOR_ALL
+    if wide == 1 and scales == (-(-high // block[0]), 1):
+        return block[0]
+    if high == 1 and scales == (1, -(-wide // block[1])):
+        return block[1]
+    if block[0] == 1 and scales == (high, 1):
+        return wide
+    if block[0] == 1 and wide % block[1] == 0 and scales == (high, wide // block[1]):
+        return block[1]
+    return None
 
 
 def _numbers(
@@ -380,9 +491,13 @@ def _viewed(child: nodes.Grid, rows: int, columns: int, space: Workspace) -> Gri
         part = getattr(child, name)
         if part is None:
             continue
-        own_kind, slot, shape, inverted, negated = _numbers(part, name, space)
+        nested = None
+        if found := _nested(part, space):
+            own_kind, (slot, nested), shape, inverted, negated = _NESTED, found, tuple(part.shape), False, False
+        else:
+            own_kind, slot, shape, inverted, negated = _numbers(part, name, space)
         if shape[-2:] == (1, 1):
-            setattr(grid, name, Parameter(own_kind, slot, _ONE_FOR_ALL, 0, 1, inverted, negated))
+            setattr(grid, name, Parameter(own_kind, slot, _ONE_FOR_ALL, 0, 1, inverted, negated, nested))
             continue
         size = _run_length(child, shape)
         if size * shape[-2] * shape[-1] < rows * columns:
@@ -392,10 +507,10 @@ def _viewed(child: nodes.Grid, rows: int, columns: int, space: Workspace) -> Gri
         sizes.add(size)
         if columns % size == 0:
             width_here = columns // size
-            setattr(grid, name, Parameter(own_kind, slot, 1, width_here, width_here, inverted, negated))
+            setattr(grid, name, Parameter(own_kind, slot, 1, width_here, width_here, inverted, negated, nested))
             grid.group = min(grid.group, size)
         elif size % columns == 0:
-            setattr(grid, name, Parameter(own_kind, slot, size // columns, 1, 1, inverted, negated))
+            setattr(grid, name, Parameter(own_kind, slot, size // columns, 1, 1, inverted, negated, nested))
         else:
             raise Refused(f"blocks of {size} weights that straddle rows of {columns}")
     if len(sizes) > 1:

@@ -32,7 +32,10 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512vbmi() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 // Slowest first. A variant the compiler could not build is not in the list.
@@ -44,8 +47,8 @@ const Level LEVELS[] = {
 #ifdef ANYBIT_WITH_AVX512
     {"avx512", &anybit_variant_avx512, has_avx512},
 #endif
-#ifdef ANYBIT_WITH_AVX512BF16
-    {"avx512bf16", &anybit_variant_avx512bf16, has_avx512bf16},
+#ifdef ANYBIT_WITH_AVX512VBMI
+    {"avx512vbmi", &anybit_variant_avx512vbmi, has_avx512vbmi},
 #endif
 };
 const int LEVEL_COUNT = sizeof LEVELS / sizeof LEVELS[0];
@@ -145,7 +148,7 @@ const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not wor
 }  // namespace
 
 // Changes whenever grid.h or a signature below does; native.py refuses a library of another number.
-EXPORT int64_t anybit_abi(void) { return 2; }
+EXPORT int64_t anybit_abi(void) { return 3; }
 
 // Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
 EXPORT int64_t anybit_levels(const char** names, int64_t room) {
@@ -186,12 +189,36 @@ EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* te
     return call.lost != 0;
   }
   int64_t values = 0, sums = 0;
-  call.variant->sizes(shape, &values, &sums);
+  call.variant->sizes(shape, tensors, product, &values, &sums);
   float* space = scratch.need(static_cast<size_t>((values + sums) * product->n));
   if (!space) return 1;
   call.input = {space, space + values * product->n, values, sums};
   anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_inputs, &call);
   anybit_parallel(shape->rows, 4, inputs * shape->rows < SMALL ? 1 : threads, multiply_rows, &call);
+  return 0;
+}
+
+// The same for a stack: expert e owns rows ends[e - 1] .. ends[e] of x and y. `strides`: bytes from one expert to the next of
+// every pointer in `tensors`. Experts without rows are not touched.
+EXPORT int64_t anybit_linear_experts(const anybit_shape* shape, const anybit_tensors* tensors, const int64_t* strides,
+                                     const anybit_product* product, const int64_t* ends, int64_t experts, int64_t many,
+                                     int64_t threads) {
+  constexpr int64_t pointers = sizeof(anybit_tensors) / sizeof(void*);
+  int64_t start = 0;
+  for (int64_t expert = 0; expert < experts; start = ends[expert++]) {
+    if (ends[expert] <= start) continue;
+    const char* own[pointers];
+    memcpy(own, tensors, sizeof own);
+    for (int64_t i = 0; i < pointers; i++)
+      if (own[i]) own[i] += expert * strides[i];
+    anybit_tensors one;
+    memcpy(&one, own, sizeof one);
+    anybit_product part = *product;
+    part.n = ends[expert] - start;
+    part.x = static_cast<const char*>(product->x) + start * product->x_row * (product->x_kind == ANYBIT_F32 ? 4 : 2);
+    part.y = static_cast<char*>(product->y) + start * product->y_row * (product->y_kind == ANYBIT_F32 ? 4 : 2);
+    if (int64_t failed = anybit_linear(shape, &one, &part, many, threads)) return failed;
+  }
   return 0;
 }
 

@@ -19,6 +19,7 @@ enum anybit_parameter_kind {
   ANYBIT_P_U8 = 4,    // integers 0..255
   ANYBIT_P_I8 = 5,
   ANYBIT_P_E8M0 = 6,  // 2**(byte - 127), 255 is NaN
+  ANYBIT_P_NESTED = 7,
 };
 
 enum anybit_levels {
@@ -30,8 +31,19 @@ enum anybit_levels {
 };
 
 // One value per (row / down, group); width 1: the same for every group. Inverted: divide by it (scales only).
+//
+// Nested: the values are codes themselves, one stream over all of them, value i = levels[code[i]] * scale[i / group] + offset.
+// `group` is a multiple of eight; where codes are narrower than a byte so is every row of values. `offset` is one number.
 struct anybit_parameter {
   int64_t kind, down, row_stride, width, inverted, negated;
+  int64_t bits, levels, group, count, scale_kind, scale_negated, offset_kind;
+};
+
+// The tensors of a nested parameter, whose codes are where another's values are.
+struct anybit_nested {
+  const float* table;
+  const void* scale;
+  const void* offset;
 };
 
 struct anybit_shape {
@@ -47,16 +59,18 @@ struct anybit_tensors {
   const void* zero;
   const void* offset;
   const int32_t* permutation;
+  struct anybit_nested nested[3];  // of scale, zero, offset
 };
 
-// x [n, columns], element strides; y [n, rows]. `accumulate`: add to y (float32 only) instead of writing.
+// x [n, columns], element strides; y [n, rows]. `accumulate`: add to y (float32 only) instead of writing. `fast`: x, and the
+// numbers of tables, may be rounded to eight bits.
 struct anybit_product {
   const void* x;
   int64_t x_kind, n, x_row, x_column;
   const void* bias;
   int64_t bias_kind;
   void* y;
-  int64_t y_kind, y_row, accumulate;
+  int64_t y_kind, y_row, accumulate, fast;
 };
 
 #endif

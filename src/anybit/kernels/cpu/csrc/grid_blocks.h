@@ -102,8 +102,25 @@ static void multiply_blocks(const anybit_shape* s, const anybit_tensors* t, cons
     for (; n < p->n; n++) tile<T, 1>(packed, words, own + n * stride, stride, c + n * TALL);
   }
   const int64_t rows = least(TALL, s->rows - row);
-  for (int64_t n = 0; n < p->n; n++)
-    for (int64_t r = 0; r < rows; r++) put(p, n, row + r, c[n * TALL + r]);
+  if (rows < TALL || p->accumulate || p->y_kind == ANYBIT_F16) {
+    for (int64_t n = 0; n < p->n; n++)
+      for (int64_t r = 0; r < rows; r++) put(p, n, row + r, c[n * TALL + r]);
+    return;
+  }
+  float bias[TALL];
+  for (int64_t r = 0; r < TALL; r++) bias[r] = p->bias ? read_float(p->bias, p->bias_kind, row + r) : 0.0f;
+  const F low = f_load(bias), high = f_load(bias + LANES);
+  for (int64_t n = 0; n < p->n; n++) {
+    const F first = f_add(f_load(c + n * TALL), low), second = f_add(f_load(c + n * TALL + LANES), high);
+    const int64_t at = n * p->y_row + row;
+    if (p->y_kind == ANYBIT_F32) {
+      f_store((float*)p->y + at, first);
+      f_store((float*)p->y + at + LANES, second);
+    } else {
+      f_store_bf16((uint16_t*)p->y + at, first);
+      f_store_bf16((uint16_t*)p->y + at + LANES, second);
+    }
+  }
 }
 
 static bool in_halves(const anybit_product* p) {

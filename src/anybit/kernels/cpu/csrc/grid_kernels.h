@@ -1,20 +1,22 @@
 // Products with a Grid, written once over the vector types of a variant (vec_*.h must be included first).
 //
-// Two inner loops:
+// Two kinds of inner loops:
 //
-//   chunks   float32 arithmetic, up to 4 bits. A chunk is 8 * LANES codes; lane i holds codes 8 i .. 8 i + 7 of it, so a code
-//            costs one shift, one look-up in a register and one multiply-add. x is laid out to match:
+//   lanes    float32 arithmetic, each lane of a vector holding adjacent columns of one row, so that it has one scale as long as
+//            groups are multiples of eight columns; x is laid out to match. A chunk is what one step takes:
 //
-//              lane      0        1        2            x block k (k = 0..7):  x[k], x[8 + k], x[16 + k], ...
-//              codes  0 ..  7   8 .. 15  16 .. 23
+//              lane          0        1        2
+//              codes      0 ..  7   8 .. 15  16 .. 23      up to 4 bits: 8 * LANES columns
+//              codes      0 ..  3   4 ..  7   8 .. 11      5 to 8 bits: 4 * LANES columns
 //
-//            A group is a multiple of eight columns, so a lane has one scale; it multiplies the lane's sum of eight.
+//            A policy (By...) says how a chunk meets x: as floats, as pairs of bfloat16, as bytes in fours.
 //
 //   natural  everything else: LANES codes in order, made into numbers by the format's own arithmetic (each operation
 //            rounded as `compute` says) or, in float32 with whole groups of lanes, summed first and scaled after.
 //
-// Codes of an unsigned width are centred (the level is code - 2**(bits - 1), the zero moves along), which keeps the part of
-// the sum that a zero point cancels small.
+// What is the same for a whole group (zero points, offsets, a constant that keeps codes unsigned) is left out of the loops and
+// multiplied once with the group's sum of x. Policies centre codes where they can (the level is code - 2**(bits - 1)), which
+// keeps the part of the sum that a zero point cancels small.
 #ifndef ANYBIT_GRID_KERNELS_H
 #define ANYBIT_GRID_KERNELS_H
 
@@ -53,114 +55,33 @@ static constexpr int CHUNK = 8 * LANES;
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline bool in_chunks(const anybit_shape* s) {
-  return s->bits <= 4 && s->compute == ANYBIT_F32 && (s->group % 8 == 0 || s->group >= s->columns);
-}
+}  // namespace
+
+#include "grid_parameters.h"
+
+namespace {
+
 static inline bool wide_group(const anybit_shape* s, int64_t unit) {
   return s->group % unit == 0 || s->group >= s->columns;
-}
-// natural order, float32, each group a whole number of vectors: sum first, scale after
-static inline bool sums_first(const anybit_shape* s) {
-  return s->compute == ANYBIT_F32 && s->bits > 4 && s->levels != ANYBIT_TABLE && wide_group(s, LANES);
-}
-static inline bool needs_sums(const anybit_shape* s) {
-  return s->zero.kind != ANYBIT_ABSENT || s->offset.kind != ANYBIT_ABSENT || s->levels == ANYBIT_UNSIGNED;
 }
 static inline float centre(const anybit_shape* s) {
   return s->levels == ANYBIT_UNSIGNED ? (float)(1 << (s->bits - 1)) : 0.0f;
 }
 
+// How a product is done.
+enum Way { EXACTLY, SUMS, FLOATS, PAIRS, WIDE_PAIRS, BYTES };
+
+static inline Way way_of(const anybit_shape* s, const anybit_product* p) {
+  if (s->compute != ANYBIT_F32) return EXACTLY;
+  const bool integers = s->levels == ANYBIT_UNSIGNED || s->levels == ANYBIT_SIGNED;
+  if (p->fast && (integers || (s->levels == ANYBIT_TABLE && s->bits == 4))) return BYTES;
 #ifdef ANYBIT_DOTS
-// Terms of bfloat16 that a level is the sum of when a bfloat16 x is multiplied in pairs; 0: it is not done.
-static inline int dot_terms(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
-  if (p->x_kind != ANYBIT_BF16 || !in_chunks(s)) return 0;
-  if (s->levels != ANYBIT_TABLE) return 1;
-  for (int i = 0; i < 1 << s->bits; i++)
-    if (float_of_bf16(bf16_of_float(t->table[i])) != t->table[i]) return s->bits == 4 ? 2 : 0;
-  return 1;
-}
+  if (p->x_kind == ANYBIT_BF16 && s->bits <= 4) return PAIRS;
+  if (p->x_kind == ANYBIT_BF16 && s->bits < 8 && integers) return WIDE_PAIRS;
 #endif
-
-// --- parameters ---------------------------------------------------------------------------------------------------------
-
-struct Parameter {
-  const anybit_parameter* p;
-  const void* data;
-  int64_t row;  // offset of this weight row's values
-};
-
-static inline Parameter parameter_at(const anybit_parameter* p, const void* data, int64_t row) {
-  return {p, data, row / p->down * p->row_stride};
-}
-
-static inline float one(const Parameter& q, int64_t group) {
-  return read_parameter(q.p, q.data, q.row + (q.p->width == 1 ? 0 : group));
-}
-
-// Values of the groups first + index[lane], index below LANES.
-static NOINLINE F several(const Parameter& q, int64_t first, I index) {
-  if (q.p->width == 1) return f_set(read_parameter(q.p, q.data, q.row));
-  int64_t at = q.row + first;
-  F found;
-  if (first + LANES <= q.p->width) {
-    switch (q.p->kind) {
-      case ANYBIT_P_F32: found = f_load((const float*)q.data + at); break;
-      case ANYBIT_P_BF16: found = f_load_bf16((const uint16_t*)q.data + at); break;
-      case ANYBIT_P_F16: found = f_load_f16((const uint16_t*)q.data + at); break;
-      case ANYBIT_P_U8: found = f_load_u8((const uint8_t*)q.data + at); break;
-      case ANYBIT_P_I8: found = f_load_i8((const uint8_t*)q.data + at); break;
-      default: {
-        float some[LANES];
-        for (int i = 0; i < LANES; i++) some[i] = read_parameter(q.p, q.data, at + i);
-        return f_permute(f_load(some), index);
-      }
-    }
-    if (q.p->negated) found = f_sub(f_zero(), found);
-  } else {
-    float some[LANES];  // filled up with the last one, which is safe to divide by
-    const int64_t last = q.p->width - first - 1;
-    for (int64_t i = 0; i < LANES; i++) some[i] = read_parameter(q.p, q.data, at + least(i, last));
-    found = f_load(some);
-  }
-  return f_permute(found, index);
-}
-
-// `count` values of the groups from `first` on as float32, and LANES more that may be read: copies of the last.
-static NOINLINE void run_of(const Parameter& q, int64_t first, int64_t count, float* out) {
-  const int64_t at = q.row + first;
-  int64_t i = 0;
-  if (q.p->width == 1) {
-    const F value = f_set(read_parameter(q.p, q.data, q.row));
-    for (; i < count + LANES; i += LANES) f_store(out + i, value);
-    return;
-  }
-  switch (q.p->kind) {
-    case ANYBIT_P_F32: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load((const float*)q.data + at + i)); break;
-    case ANYBIT_P_BF16:
-      for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_bf16((const uint16_t*)q.data + at + i));
-      break;
-    case ANYBIT_P_F16:
-      for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_f16((const uint16_t*)q.data + at + i));
-      break;
-    case ANYBIT_P_U8: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_u8((const uint8_t*)q.data + at + i)); break;
-    case ANYBIT_P_I8: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_i8((const uint8_t*)q.data + at + i)); break;
-    case ANYBIT_P_E8M0: for (; i + LANES <= count; i += LANES) f_store(out + i, f_load_e8m0((const uint8_t*)q.data + at + i)); break;
-  }
-  if (q.p->negated)
-    for (int64_t k = 0; k < i; k += LANES) f_store(out + k, f_sub(f_zero(), f_load(out + k)));
-  for (; i < count; i++) out[i] = read_parameter(q.p, q.data, at + i);
-  const F last = f_set(out[count - 1]);
-  f_store(out + count, last);
-}
-
-// Groups of the lanes of the unit that starts at `column`, each lane `step` columns wide: first group and distances to it.
-static inline int64_t groups_of_lanes(const anybit_shape* s, int64_t column, int64_t step, uint32_t* distance) {
-  int64_t first = column / s->group;
-  for (int64_t i = 0; i < LANES; i++) {
-    int64_t inside = least(column + i * step, s->columns - 1);
-    distance[i] = (uint32_t)(inside / s->group - first);
-  }
-  return first;
+  if (s->bits <= 4) return FLOATS;
+  // natural order: each group a whole number of vectors
+  return s->levels != ANYBIT_TABLE && wide_group(s, LANES) ? SUMS : EXACTLY;
 }
 
 // --- levels in natural order ----------------------------------------------------------------------------------------------
@@ -173,7 +94,9 @@ struct Levels {
   const float* table;  // 5 .. 8 bits with a table
   bool is_signed;
   alignas(64) float numbers[16];  // what is in `lut`
-  uint16_t halves[2][32];         // the same as bfloat16, and what that leaves over
+  uint16_t halves[32];            // the same as bfloat16, twice
+  uint8_t bytes[16];              // the same over `unit`, plus `lift`
+  float unit, lift;
 };
 
 template <int SOURCE> static constexpr int bits_of_source() {
@@ -207,8 +130,32 @@ static inline int source_of(const anybit_shape* s) {
   return s->levels == ANYBIT_SIGNED ? BYTES_SIGNED : BYTES_UNSIGNED;
 }
 
+// A table in steps of `unit`: exactly if its numbers are small multiples of one (E2M1, IQ4_NL), else rounded to 8 bits.
+static inline void bytes_of_table(Levels* levels) {
+  float largest = 0, smallest = 0;
+  for (int i = 0; i < 16; i++) {
+    const float size = levels->numbers[i] < 0 ? -levels->numbers[i] : levels->numbers[i];
+    if (size > largest) largest = size;
+    if (size > 0 && (smallest == 0 || size < smallest)) smallest = size;
+  }
+  bool multiples = largest > 0 && largest <= 127 * smallest;
+  for (int i = 0; i < 16 && multiples; i++) {
+    const float steps = levels->numbers[i] / smallest;
+    multiples = steps == (float)(int)steps;
+  }
+  levels->unit = multiples ? smallest : largest > 0 ? largest / 127.0f : 1.0f;
+  int bytes[16], lowest = 0;
+  for (int i = 0; i < 16; i++) {
+    const float steps = levels->numbers[i] / levels->unit;
+    bytes[i] = steps >= -127 && steps <= 127 ? (int)(steps + (steps < 0 ? -0.5f : 0.5f)) : 0;  // else no number
+    lowest = bytes[i] < lowest ? bytes[i] : lowest;
+  }
+  for (int i = 0; i < 16; i++) levels->bytes[i] = (uint8_t)(bytes[i] - lowest);
+  levels->lift = (float)-lowest;
+}
+
 static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t) {
-  Levels found = {{}, t->table, s->levels == ANYBIT_SIGNED, {0}, {{0}}};
+  Levels found = {{}, t->table, s->levels == ANYBIT_SIGNED, {0}, {0}, {0}, 1.0f, 0.0f};
   float* numbers = found.numbers;
   if (s->bits <= 4) {
     int count = 1 << s->bits, half = count / 2;
@@ -220,10 +167,8 @@ static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t)
     }
   }
   found.lut = lut_load(numbers);
-  for (int i = 0; i < 32; i++) {
-    found.halves[0][i] = bf16_of_float(numbers[i % 16]);
-    found.halves[1][i] = bf16_of_float(numbers[i % 16] - float_of_bf16(found.halves[0][i]));
-  }
+  for (int i = 0; i < 32; i++) found.halves[i] = bf16_of_float(numbers[i % 16]);
+  if (s->levels == ANYBIT_TABLE && s->bits == 4) bytes_of_table(&found);
   return found;
 }
 
@@ -259,8 +204,44 @@ template <int ROUND> static inline F rounded(F a) {
 struct RowParameters { Parameter zero, scale, offset; };
 
 static inline RowParameters row_parameters(const anybit_shape* s, const anybit_tensors* t, int64_t row) {
-  return {parameter_at(&s->zero, t->zero, row), parameter_at(&s->scale, t->scale, row),
-          parameter_at(&s->offset, t->offset, row)};
+  return {parameter_at(&s->zero, t->zero, &t->nested[1], row, s->rows), parameter_at(&s->scale, t->scale, &t->nested[0], row, s->rows),
+          parameter_at(&s->offset, t->offset, &t->nested[2], row, s->rows)};
+}
+
+// Parameters of the groups of up to BLOCK columns, rounded as the format's arithmetic takes them.
+struct BlockParameters {
+  bool has_zero, has_scale, has_offset, divides;
+  int64_t first;
+  float zero[BLOCK / 8 + 4 * LANES], scale[BLOCK / 8 + 4 * LANES], offset[BLOCK / 8 + 4 * LANES];
+};
+
+template <int ROUND>
+static void read_block(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop,
+                       BlockParameters* q) {
+  const RowParameters own = row_parameters(s, t, row);
+  q->has_zero = s->zero.kind != ANYBIT_ABSENT, q->has_scale = s->scale.kind != ANYBIT_ABSENT;
+  q->has_offset = s->offset.kind != ANYBIT_ABSENT, q->divides = s->scale.inverted != 0;
+  q->first = s->group >= s->columns ? 0 : start / s->group;
+  const int64_t count = s->group >= s->columns ? 1 : (stop - 1) / s->group + 1 - q->first;
+  if (q->has_zero) run_of(own.zero, q->first, count, q->zero);
+  if (q->has_scale) run_of(own.scale, q->first, count, q->scale);
+  if (q->has_offset) run_of(own.offset, q->first, count, q->offset);
+  if (ROUND == ANYBIT_F32) return;
+  for (int64_t i = 0; i < count; i += LANES) {
+    if (q->has_zero) f_store(q->zero + i, rounded<ROUND>(f_load(q->zero + i)));
+    if (q->has_scale) f_store(q->scale + i, rounded<ROUND>(f_load(q->scale + i)));
+    if (q->has_offset) f_store(q->offset + i, rounded<ROUND>(f_load(q->offset + i)));
+  }
+}
+
+// Each operation of the format in its order, rounded as it says.
+template <int ROUND>
+static ALWAYS_INLINE F weigh(const BlockParameters& q, F level, F middle, F zero, F scale, F offset) {
+  F w = rounded<ROUND>(f_add(level, middle));
+  if (q.has_zero) w = rounded<ROUND>(f_sub(w, zero));
+  if (q.has_scale) w = rounded<ROUND>(q.divides ? f_div(w, scale) : f_mul(w, scale));
+  if (q.has_offset) w = rounded<ROUND>(f_add(w, offset));
+  return w;
 }
 
 // Centred levels of columns start .. stop of a row; `start` is a multiple of LANES. Lanes beyond `stop` hold anything.
@@ -272,68 +253,52 @@ static void level_block(const anybit_shape* s, const anybit_tensors* t, const Le
     f_store(out + column - start, levels_at<SOURCE>(levels, readable(s, t, row, column, spare)));
 }
 
-// Levels -> weights, in place: each operation of the format in its order, rounded as it says.
+// Levels -> weights, in place.
 template <int ROUND>
 static void weigh_block(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop,
                         float* numbers) {
-  const RowParameters own = row_parameters(s, t, row);
-  const bool has_zero = s->zero.kind != ANYBIT_ABSENT, has_scale = s->scale.kind != ANYBIT_ABSENT,
-             has_offset = s->offset.kind != ANYBIT_ABSENT, divides = s->scale.inverted != 0, wide = wide_group(s, LANES);
+  BlockParameters q;
+  read_block<ROUND>(s, t, row, start, stop, &q);
   const F middle = f_set(centre(s));
-  F zero = f_zero(), scale = f_zero(), offset = f_zero();
-  uint32_t distance[LANES] = {0};
-  int64_t known = -1;
-  for (int64_t column = start; column < stop; column += LANES) {
-    if (!wide) {
-      int64_t first = groups_of_lanes(s, column, 1, distance);
-      I index = i_load(distance);
-      if (has_zero) zero = rounded<ROUND>(several(own.zero, first, index));
-      if (has_scale) scale = rounded<ROUND>(several(own.scale, first, index));
-      if (has_offset) offset = rounded<ROUND>(several(own.offset, first, index));
-    } else if (int64_t group = s->group >= s->columns ? 0 : column / s->group; group != known) {
-      if (has_zero) zero = rounded<ROUND>(f_set(one(own.zero, group)));
-      if (has_scale) scale = rounded<ROUND>(f_set(one(own.scale, group)));
-      if (has_offset) offset = rounded<ROUND>(f_set(one(own.offset, group)));
-      known = group;
+  if (wide_group(s, LANES)) {
+    for (int64_t column = start; column < stop;) {
+      const int64_t group = s->group >= s->columns ? 0 : column / s->group, g = group - q.first;
+      const int64_t end = s->group >= s->columns ? stop : least(stop, (group + 1) * s->group);
+      const F zero = f_set(q.zero[g]), scale = f_set(q.scale[g]), offset = f_set(q.offset[g]);
+      for (; column < end; column += LANES) {
+        float* own = numbers + column - start;
+        f_store(own, weigh<ROUND>(q, f_load(own), middle, zero, scale, offset));
+      }
     }
-    F w = rounded<ROUND>(f_add(f_load(numbers + column - start), middle));
-    if (has_zero) w = rounded<ROUND>(f_sub(w, zero));
-    if (has_scale) w = rounded<ROUND>(divides ? f_div(w, scale) : f_mul(w, scale));
-    if (has_offset) w = rounded<ROUND>(f_add(w, offset));
-    f_store(numbers + column - start, w);
+    return;
+  }
+  uint32_t distance[LANES];
+  for (int64_t column = start; column < stop; column += LANES) {  // each lane its own group
+    const int64_t first = column / s->group;
+    for (int64_t i = 0; i < LANES; i++) distance[i] = (uint32_t)(least(column + i, s->columns - 1) / s->group - first);
+    const I index = i_load(distance);
+    const int64_t g = first - q.first;
+    float* own = numbers + column - start;
+    f_store(own, weigh<ROUND>(q, f_load(own), middle, f_permute(f_load(q.zero + g), index),
+                              f_permute(f_load(q.scale + g), index), f_permute(f_load(q.offset + g), index)));
   }
 }
-
-template <int ROUND>
-static Lut weigh_table(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t group) {
-  const RowParameters own = row_parameters(s, t, row);
-  const F middle = f_set(centre(s));
-  float numbers[16];
-  for (int i = 0; i < 16; i += LANES) {
-    F w = rounded<ROUND>(f_add(f_load(levels.numbers + i), middle));
-    if (s->zero.kind != ANYBIT_ABSENT) w = rounded<ROUND>(f_sub(w, rounded<ROUND>(f_set(one(own.zero, group)))));
-    if (s->scale.kind != ANYBIT_ABSENT) {
-      const F scale = rounded<ROUND>(f_set(one(own.scale, group)));
-      w = rounded<ROUND>(s->scale.inverted ? f_div(w, scale) : f_mul(w, scale));
-    }
-    if (s->offset.kind != ANYBIT_ABSENT) w = rounded<ROUND>(f_add(w, rounded<ROUND>(f_set(one(own.offset, group)))));
-    f_store(numbers + i, w);
-  }
-  return lut_load(numbers);
-}
-
-typedef Lut (*WeighTable)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t);
-static const WeighTable WEIGH_TABLES[3] = {weigh_table<0>, weigh_table<1>, weigh_table<2>};
 
 // Up to 4 bits, groups of whole vectors: a group has few different weights, so they are worked out once and looked up.
-template <int BITS>
+template <int BITS, int ROUND>
 static void table_block(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
-                        int64_t stop, float* out, WeighTable weigh) {
+                        int64_t stop, float* out) {
+  BlockParameters q;
+  read_block<ROUND>(s, t, row, start, stop, &q);
+  const F middle = f_set(centre(s));
   uint8_t spare[16];
-  while (start < stop) {
-    const int64_t group = s->group >= s->columns ? 0 : start / s->group;
-    const int64_t end = s->group >= s->columns ? stop : least(stop, (group + 1) * s->group);
-    const Lut lut = weigh(s, t, levels, row, group);
+  for (int64_t g = 0; start < stop; g++) {
+    const int64_t end = s->group >= s->columns ? stop : least(stop, (q.first + g + 1) * s->group);
+    float numbers[16];
+    for (int i = 0; i < 16; i += LANES)
+      f_store(numbers + i, weigh<ROUND>(q, f_load(levels.numbers + i), middle, f_set(q.zero[g]), f_set(q.scale[g]),
+                                        f_set(q.offset[g])));
+    const Lut lut = lut_load(numbers);
     for (; start < end; start += LANES, out += LANES)
       f_store(out, lut_take(lut, codes_load<BITS>(readable(s, t, row, start, spare))));
   }
@@ -345,16 +310,18 @@ static const LevelBlock LEVEL_BLOCKS[16] = {
     nullptr,          level_block<1>,  level_block<2>,  level_block<3>,  level_block<4>,  level_block<5>,
     level_block<6>,   level_block<7>,  level_block<8>,  level_block<9>,  level_block<10>, level_block<11>,
     level_block<12>,  level_block<13>, level_block<14>, level_block<15>};
-typedef void (*TableBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, float*,
-                           WeighTable);
-static const TableBlock TABLE_BLOCKS[5] = {nullptr, table_block<1>, table_block<2>, table_block<3>, table_block<4>};
+template <int BITS> struct TableBlocks {
+  static constexpr LevelBlock by_rounding[3] = {table_block<BITS, 0>, table_block<BITS, 1>, table_block<BITS, 2>};
+};
+static const LevelBlock* const TABLE_BLOCKS[5] = {nullptr, TableBlocks<1>::by_rounding, TableBlocks<2>::by_rounding,
+                                                  TableBlocks<3>::by_rounding, TableBlocks<4>::by_rounding};
 static const WeighBlock WEIGH_BLOCKS[3] = {weigh_block<0>, weigh_block<1>, weigh_block<2>};
 
 // Weights of columns start .. stop, `out` with room for BLOCK floats; zeros up to the next multiple of LANES.
 static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
                        int64_t stop, float* out) {
   if (s->bits <= 4 && wide_group(s, LANES)) {
-    TABLE_BLOCKS[s->bits](s, t, levels, row, start, stop, out, WEIGH_TABLES[s->compute]);
+    TABLE_BLOCKS[s->bits][s->compute](s, t, levels, row, start, stop, out);
   } else {
     LEVEL_BLOCKS[source_of(s)](s, t, levels, row, start, stop, out);
     WEIGH_BLOCKS[s->compute](s, t, row, start, stop, out);
@@ -411,36 +378,69 @@ template <int B> static void product_exact(const Product& q, int64_t row, int64_
   UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row, f_sum(total[b]));
 }
 
-// Scales, shifts (centre - zero) and offsets of R rows for a run of groups, in float32.
-static constexpr int64_t RUN = 256;
-
+// What R rows of a run of groups are multiplied with: scales of the levels, and `shift` of the sums of x.
 template <int R> struct Runs {
-  float scale[R][RUN + 2 * LANES], shift[R][RUN + 2 * LANES], offset[R][RUN + 2 * LANES];
+  alignas(64) float scale[R][RUN + 4 * LANES], shift[R][RUN + 4 * LANES];
 };
 
+// A policy's levels are `lift` above the centred ones, in steps of `unit`.
+struct Unit { float lift, unit; };
+
+static inline bool needs_sums(const anybit_shape* s, Unit own) {
+  return s->zero.kind != ANYBIT_ABSENT || s->offset.kind != ANYBIT_ABSENT || centre(s) != own.lift * own.unit;
+}
+
 template <int R>
-static NOINLINE void read_runs(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t first, int64_t count,
-                               Runs<R>* runs) {
-  const F middle = f_set(centre(s)), one = f_set(1.0f);
+static NOINLINE void read_runs(const anybit_shape* s, const anybit_tensors* t, Unit own, int64_t row, int64_t first,
+                               int64_t count, Runs<R>* runs) {
+  const F middle = f_set(centre(s) - own.lift * own.unit), one = f_set(1.0f), unit = f_set(own.unit);
+  const bool sums = needs_sums(s, own);
+  float some[RUN + 4 * LANES];
   for (int r = 0; r < R; r++) {
-    const RowParameters own = row_parameters(s, t, row + r);
-    if (s->scale.kind != ANYBIT_ABSENT) run_of(own.scale, first, count, runs->scale[r]);
+    const RowParameters q = row_parameters(s, t, row + r);
+    float *scale = runs->scale[r], *shift = runs->shift[r];
+    if (s->scale.kind != ANYBIT_ABSENT) run_of(q.scale, first, count, scale);
     else
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(runs->scale[r] + i, one);
+      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, one);
     if (s->scale.inverted)
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(runs->scale[r] + i, f_div(one, f_load(runs->scale[r] + i)));
-    if (s->zero.kind != ANYBIT_ABSENT) run_of(own.zero, first, count, runs->shift[r]);
-    for (int64_t i = 0; i < count + LANES; i += LANES)
-      f_store(runs->shift[r] + i, s->zero.kind != ANYBIT_ABSENT ? f_sub(middle, f_load(runs->shift[r] + i)) : middle);
-    if (s->offset.kind != ANYBIT_ABSENT) run_of(own.offset, first, count, runs->offset[r]);
+      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, f_div(one, f_load(scale + i)));
+    if (sums) {
+      if (s->zero.kind != ANYBIT_ABSENT) {
+        run_of(q.zero, first, count, some);
+        for (int64_t i = 0; i < count; i += LANES)
+          f_store(shift + i, f_mul(f_sub(middle, f_load(some + i)), f_load(scale + i)));
+      } else {
+        for (int64_t i = 0; i < count; i += LANES) f_store(shift + i, f_mul(middle, f_load(scale + i)));
+      }
+      if (s->offset.kind != ANYBIT_ABSENT) {
+        run_of(q.offset, first, count, some);
+        for (int64_t i = 0; i < count; i += LANES) f_store(shift + i, f_add(f_load(shift + i), f_load(some + i)));
+      }
+      f_store(shift + count, f_zero());
+    }
+    if (own.unit != 1.0f)
+      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, f_mul(f_load(scale + i), unit));
   }
 }
 
-// float32, groups of whole vectors: sum_g scale_g * (sum levels * x + (centre - zero_g) * sum x) + offset_g * sum x.
+// total += shift * sum of x, for groups first .. count of a run. Shifts are zero beyond its end.
+template <int R, int B>
+static ALWAYS_INLINE void add_sums(const Runs<R>& runs, int64_t first, int64_t count, const float* sum, int64_t stride,
+                                   F (*total)[B]) {
+  for (int64_t i = first; i < count; i += LANES) {
+    UNROLLED for (int r = 0; r < R; r++) {
+      const F shift = f_load(runs.shift[r] + i);
+      UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(shift, f_load(sum + b * stride + i), total[r][b]);
+    }
+  }
+}
+
+// float32, groups of whole vectors: sum_g scale_g * (sum levels * x) + shift_g * sum x.
 template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Product& q, int64_t row, int64_t n) {
   constexpr int BITS = bits_of_source<SOURCE>();
   const anybit_shape* s = q.s;
-  const bool sums = needs_sums(s), has_offset = s->offset.kind != ANYBIT_ABSENT;
+  const Unit own_unit = {0.0f, 1.0f};
+  const bool sums = needs_sums(s, own_unit);
   F total[R][B];
   UNROLLED for (int r = 0; r < R; r++)
     UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_zero();
@@ -456,13 +456,13 @@ template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Pro
   const int64_t groups = ceil_div(s->columns, s->group);
   for (int64_t base = 0; base < groups; base += RUN) {
     const int64_t count = least(RUN, groups - base);
-    read_runs<R>(s, q.t, row, base, count, &runs);
+    read_runs<R>(s, q.t, own_unit, row, base, count, &runs);
+    if (sums) add_sums<R, B>(runs, 0, count, sum + base, sum_stride, total);
     for (int64_t g = 0; g < count; g++) {
       const int64_t start = (base + g) * s->group, stop = least(start + s->group, s->columns);
       F acc[R][B];
       UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int b = 0; b < B; b++)
-          acc[r][b] = sums ? f_mul(f_set(runs.shift[r][g]), f_load(sum + b * sum_stride + (base + g) * LANES)) : f_zero();
+        UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_zero();
       int64_t column = start;
       for (; safe && column + UNIT * LANES <= stop; column += UNIT * LANES) {
         const uint8_t* p = codes + column * BITS / 8;
@@ -486,10 +486,6 @@ template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Pro
       UNROLLED for (int r = 0; r < R; r++) {
         const F scale = f_set(runs.scale[r][g]);
         UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
-        if (has_offset)
-          UNROLLED for (int b = 0; b < B; b++)
-            total[r][b] =
-                f_fma(f_set(runs.offset[r][g]), f_load(sum + b * sum_stride + (base + g) * LANES), total[r][b]);
       }
     }
   }
@@ -497,11 +493,16 @@ template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Pro
     UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
 }
 
-// How the codes of a chunk meet x: in float32, eight steps of LANES products.
-template <int BITS> struct ByFloats {
-  static constexpr int64_t CHUNK_BYTES = CHUNK * sizeof(float);
+// --- policies: how the codes of a chunk meet x ------------------------------------------------------------------------------
+
+// Up to 4 bits in float32: eight steps of LANES products.
+template <int WIDTH> struct ByFloats {
+  static constexpr int BITS = WIDTH;
+  static constexpr int64_t PER_LANE = 8, CHUNK_BYTES = CHUNK * sizeof(float);
   typedef Lut Table;
   static Table table(const Levels& levels) { return levels.lut; }
+  static Unit unit(const anybit_shape*, const Levels&) { return {0.0f, 1.0f}; }
+  static const char* x(const anybit_shape*, const float* values) { return (const char*)values; }
 
   template <int K, int R, int B>
   static ALWAYS_INLINE void step(const Table& lut, const I* raw, const char* x, int64_t stride, F (*acc)[B]) {
@@ -513,7 +514,10 @@ template <int BITS> struct ByFloats {
     }
   }
   template <int R, int B>
-  static ALWAYS_INLINE void steps(const Table& lut, I* raw, const char* x, int64_t stride, F (*acc)[B]) {
+  static ALWAYS_INLINE void steps(const Table& lut, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
+                                  const char*, F (*acc)[B]) {
+    I raw[R];
+    UNROLLED for (int r = 0; r < R; r++) raw[r] = chunk_load<BITS>(p + r * pitch);
     step<0, R, B>(lut, raw, x, stride, acc);
     step<1, R, B>(lut, raw, x, stride, acc);
     step<2, R, B>(lut, raw, x, stride, acc);
@@ -526,116 +530,191 @@ template <int BITS> struct ByFloats {
 };
 
 #ifdef ANYBIT_DOTS
+static ALWAYS_INLINE F pair_dot(F sum, I levels, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)levels, (__m512bh)x); }
+
 // The same for a bfloat16 x: four steps of 2 * LANES products, summed in pairs into float32. Levels that bfloat16 cannot hold
-// (NF4) come as a sum of two, which keeps 16 bits of them.
+// (NF4) are rounded to it, as a dense weight of that dtype would be.
 //
 //   lane (32 bits)   high half: codes 4 .. 7   low half: codes 0 .. 3    x block k (k = 0..3): pairs (x[k], x[4 + k]), ...
-template <int BITS, int TERMS> struct ByDots {
-  static constexpr int64_t CHUNK_BYTES = CHUNK * 2;
-  struct Table { __m512i terms[TERMS]; };
-  static Table table(const Levels& levels) {
-    Table found;
-    for (int i = 0; i < TERMS; i++) found.terms[i] = _mm512_loadu_si512(levels.halves[i]);
-    return found;
-  }
+template <int WIDTH> struct ByPairs {
+  static constexpr int BITS = WIDTH;
+  static constexpr int64_t PER_LANE = 8, CHUNK_BYTES = CHUNK * 2;
+  typedef I Table;
+  static Table table(const Levels& levels) { return _mm512_loadu_si512(levels.halves); }
+  static Unit unit(const anybit_shape*, const Levels&) { return {0.0f, 1.0f}; }
+  static const char* x(const anybit_shape*, const float* values) { return (const char*)values; }
 
   template <int K, int R, int B>
   static ALWAYS_INLINE void step(const Table& table, const I* raw, const char* x, int64_t stride, F (*acc)[B]) {
-    __m512i own[B];
+    I own[B];
     UNROLLED for (int b = 0; b < B; b++) own[b] = _mm512_loadu_si512(x + b * stride + K * 4 * LANES);
     UNROLLED for (int r = 0; r < R; r++) {
-      const __m512i index = _mm512_srli_epi16(raw[r], BITS * K);  // five bits are looked at: entries are repeated
-      UNROLLED for (int i = 0; i < TERMS; i++) {
-        const __m512i level = _mm512_permutexvar_epi16(index, table.terms[i]);
-        UNROLLED for (int b = 0; b < B; b++) acc[r][b] = _mm512_dpbf16_ps(acc[r][b], (__m512bh)level, (__m512bh)own[b]);
-      }
+      // five bits are looked at: entries are repeated
+      const I level = _mm512_permutexvar_epi16(_mm512_srli_epi16(raw[r], BITS * K), table);
+      UNROLLED for (int b = 0; b < B; b++) acc[r][b] = pair_dot(acc[r][b], level, own[b]);
     }
   }
   template <int R, int B>
-  static ALWAYS_INLINE void steps(const Table& table, I* raw, const char* x, int64_t stride, F (*acc)[B]) {
-    if constexpr (BITS < 4)
-      UNROLLED for (int r = 0; r < R; r++)
-        raw[r] = _mm512_ternarylogic_epi32(_mm512_set1_epi32((int)0xFFFF0000), _mm512_slli_epi32(raw[r], 16 - 4 * BITS),
-                                           raw[r], 0xCA);
+  static ALWAYS_INLINE void steps(const Table& table, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
+                                  const char*, F (*acc)[B]) {
+    I raw[R];
+    UNROLLED for (int r = 0; r < R; r++) {
+      raw[r] = chunk_load<BITS>(p + r * pitch);
+      if constexpr (BITS < 4)
+        raw[r] = _mm512_ternarylogic_epi32(i_set(0xFFFF0000u), i_left<16 - 4 * BITS>(raw[r]), raw[r], 0xCA);
+    }
     step<0, R, B>(table, raw, x, stride, acc);
     step<1, R, B>(table, raw, x, stride, acc);
     step<2, R, B>(table, raw, x, stride, acc);
     step<3, R, B>(table, raw, x, stride, acc);
   }
 };
+
+// 5 to 7 bits: below the seven bits of 128 + code, which bfloat16 holds exactly, lies the code itself.
+//
+//   lane (32 bits)   code 3, code 2, code 1, code 0, a byte each     x: pairs (x[0], x[2]), ..., then (x[1], x[3]), ...
+template <int WIDTH> struct ByWidePairs {
+  static constexpr int BITS = WIDTH;
+  static constexpr int64_t PER_LANE = 4, CHUNK_BYTES = CHUNK;
+  typedef I Table;  // what makes signed codes unsigned
+  static Table table(const Levels& levels) { return i_set(levels.is_signed ? 0x43004300u ^ (0x00010001u << (BITS - 1)) : 0x43004300u); }
+  static Unit unit(const anybit_shape*, const Levels&) { return {128.0f + (1 << (BITS - 1)), 1.0f}; }
+  static const char* x(const anybit_shape*, const float* values) { return (const char*)values; }
+
+  template <int R, int B>
+  static ALWAYS_INLINE void steps(const Table& table, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
+                                  const char*, F (*acc)[B]) {
+    const I mask = i_set(0x00010001u * ((1u << BITS) - 1));
+    I raw[R], own[B];
+    UNROLLED for (int b = 0; b < B; b++) own[b] = _mm512_loadu_si512(x + b * stride);
+    UNROLLED for (int r = 0; r < R; r++) {
+      raw[r] = quads_load<BITS>(p + r * pitch);
+      const I level = _mm512_ternarylogic_epi32(raw[r], mask, table, 0x6A);  // (raw & mask) ^ table
+      UNROLLED for (int b = 0; b < B; b++) acc[r][b] = pair_dot(acc[r][b], level, own[b]);
+    }
+    UNROLLED for (int b = 0; b < B; b++) own[b] = _mm512_loadu_si512(x + b * stride + 4 * LANES);
+    UNROLLED for (int r = 0; r < R; r++) {
+      const I level = _mm512_ternarylogic_epi32(i_right<8>(raw[r]), mask, table, 0x6A);
+      UNROLLED for (int b = 0; b < B; b++) acc[r][b] = pair_dot(acc[r][b], level, own[b]);
+    }
+  }
+};
 #endif
 
-// R rows of the weight, B rows of x. WIDE: a group is a whole number of chunks; else each lane has parameters of its own.
-template <class BY, int BITS, bool WIDE, int R, int B> static void product_chunks(const Product& q, int64_t row, int64_t n) {
-  constexpr int64_t BYTES = LANES * BITS;
+// x rounded to bytes, BYTE_BLOCK columns sharing a scale; codes as unsigned bytes, four products a lane.
+//
+//   up to 4 bits   the even columns of a chunk, then the odd ones
+//   values         floats [padded], what is left of x (for the sums); bytes [padded]; scales, a float for every lane of a chunk
+static constexpr int64_t BYTE_BLOCK = 32;
+
+static int64_t padded_columns(const anybit_shape* s) { return ceil_div(s->columns, CHUNK) * CHUNK; }
+
+template <int WIDTH, bool TABLE> struct ByBytes {
+  static constexpr int BITS = WIDTH;
+  static constexpr int64_t PER_LANE = BITS <= 4 ? 8 : 4, CHUNK_BYTES = PER_LANE * LANES;
+  struct Table {
+    decltype(b_table(nullptr)) numbers;
+    uint32_t flip;
+  };
+  static Table table(const Levels& levels) {
+    return {b_table(levels.bytes), levels.is_signed ? 0x01010101u << (BITS - 1) : 0};
+  }
+  static Unit unit(const anybit_shape*, const Levels& levels) {
+    if (TABLE) return {levels.lift, levels.unit};
+    return {(float)(1 << (BITS - 1)), 1.0f};
+  }
+  static const char* x(const anybit_shape* s, const float* values) { return (const char*)(values + padded_columns(s)); }
+
+  static ALWAYS_INLINE I dot(const Table& table, I acc, I codes, I x) {
+    codes = i_and(codes, i_set(0x01010101u * ((1u << BITS) - 1)));
+    if (TABLE) return i_dot8(acc, b_take(table.numbers, codes), x);
+    codes = i_xor(codes, table.flip);
+    return BITS == 8 ? i_dot8(acc, codes, x) : i_dot7(acc, codes, x);
+  }
+
+  template <int R, int B>
+  static ALWAYS_INLINE void steps(const Table& table, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
+                                  const char* scales, F (*acc)[B]) {
+    UNROLLED for (int r = 0; r < R; r++) {
+      const I raw = quads_load<PER_LANE == 8 ? 2 * BITS : BITS>(p + r * pitch);
+      UNROLLED for (int b = 0; b < B; b++) {
+        const char* own = x + b * stride;
+        I sum = dot(table, i_zero(), raw, i_load((const uint32_t*)own));
+        if constexpr (PER_LANE == 8) sum = dot(table, sum, i_right<BITS>(raw), i_load((const uint32_t*)(own + 4 * LANES)));
+        acc[r][b] = f_fma(f_of_integers(sum), f_load((const float*)(scales + b * stride)), acc[r][b]);
+      }
+    }
+  }
+};
+
+// R rows of the weight, B rows of x. Wide: a group is a whole number of chunks; else each lane has parameters of its own.
+template <class BY, int R, int B> static void product_lanes(const Product& q, int64_t row, int64_t n) {
+  constexpr int64_t OWN = BY::PER_LANE * LANES, BYTES_OF_CHUNK = OWN * BY::BITS / 8;
   const anybit_shape* s = q.s;
-  const bool sums = needs_sums(s), has_offset = s->offset.kind != ANYBIT_ABSENT;
+  const Unit unit = BY::unit(s, q.levels);
+  const bool sums = needs_sums(s, unit);
   const typename BY::Table table = BY::table(q.levels);
+  const bool wide = wide_group(s, OWN);
   F total[R][B], acc[R][B];
   UNROLLED for (int r = 0; r < R; r++)
     UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_zero();
   const int64_t stride = q.in->value_stride * sizeof(float), sum_stride = q.in->sum_stride, row_bytes = s->row_bytes;
-  const char* x = (const char*)q.in->values + n * stride;
+  const char* x = BY::x(s, q.in->values + n * q.in->value_stride);
   const float* sum = q.in->sums + n * sum_stride;
   const uint8_t* codes = q.t->codes + row * row_bytes;
-  const int64_t chunks = ceil_div(s->columns, CHUNK), groups = ceil_div(s->columns, s->group);
-  const int64_t last_bytes = row_bytes - (chunks - 1) * BYTES;
-  const int64_t per_group = WIDE ? least(ceil_div(s->group, CHUNK), chunks) : 1;
+  const int64_t chunks = ceil_div(s->columns, OWN), groups = ceil_div(s->columns, s->group);
+  const int64_t last_bytes = row_bytes - (chunks - 1) * BYTES_OF_CHUNK;
+  const int64_t per_group = wide ? least(ceil_div(s->group, OWN), chunks) : 1;
   // a run holds the parameters of RUN groups: that many groups of chunks, or chunks of at most LANES groups
-  const int64_t per_run = WIDE ? RUN * per_group : RUN / LANES;
-  const bool regular = !WIDE && CHUNK % s->group == 0;
+  const int64_t per_run = wide ? RUN * per_group : RUN / LANES;
+  const bool regular = !wide && OWN % s->group == 0;
   uint32_t distance[LANES] = {0};
-  for (int i = 0; i < LANES && regular; i++) distance[i] = (uint32_t)(8 * i / s->group);
+  for (int i = 0; i < LANES && regular; i++) distance[i] = (uint32_t)(BY::PER_LANE * i / s->group);
   I index = i_load(distance);
+  const bool few = regular && 4 * s->group >= OWN;
+  const int64_t step = wide ? 1 : regular ? OWN / s->group : 0;
+  const int64_t whole = last_bytes >= BYTES_OF_CHUNK ? chunks : chunks - 1;  // chunks that are all there
+  const uint8_t* p = codes;
+  const char* own = x;
+  const char* scales = x + padded_columns(s);  // of bytes, a float for each lane
+  int64_t summed = 0;
   Runs<R> runs;
   for (int64_t begin = 0; begin < chunks; begin += per_run) {
-    const int64_t base = WIDE ? begin / per_group : begin * CHUNK / s->group;
-    const int64_t wanted = WIDE ? RUN : (least(begin + per_run, chunks) * CHUNK - 1) / s->group + 1 - base;
-    read_runs<R>(s, q.t, row, base, least(wanted, groups - base), &runs);
+    const int64_t base = wide ? begin / per_group : begin * OWN / s->group;
+    const int64_t wanted = wide ? RUN : (least(begin + per_run, chunks) * OWN - 1) / s->group + 1 - base;
+    const int64_t count = least(wanted, groups - base);
+    read_runs<R>(s, q.t, unit, row, base, count, &runs);
+    if (sums) add_sums<R, B>(runs, summed - base, count, sum + base, sum_stride, total);
+    summed = base + count;  // the first group of a run may be the last of the one before
     const int64_t finish = least(begin + per_run, chunks);
-    for (int64_t first = begin; first < finish; first += per_group) {
-      const int64_t block = WIDE ? first / per_group : first;  // of the sums of x
-      int64_t g = block - base;
-      if (!WIDE) {
-        g = regular ? first * (CHUNK / s->group) - base : first * CHUNK / s->group - base;
-        if (!regular) {
-          groups_of_lanes(s, first * CHUNK, 8, distance);
-          index = i_load(distance);
-        }
+    int64_t g = 0;
+    for (int64_t chunk = begin; chunk < finish; g += step) {
+      UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_zero();
+      if (!wide && !regular) {
+        const int64_t column = chunk * OWN;
+        g = column / s->group - base;
+        for (int64_t i = 0; i < LANES; i++)
+          distance[i] = (uint32_t)(least(column + i * BY::PER_LANE, s->columns - 1) / s->group - base - g);
+        index = i_load(distance);
+      }
+      const int64_t stop = least(chunk + per_group, chunks), direct = least(stop, whole);
+      for (; chunk < direct; chunk++) {
+        UNROLLED for (int r = 0; r < R; r++) prefetch(p + (r + R) * row_bytes);
+        BY::template steps<R, B>(table, p, row_bytes, own, stride, scales, acc);
+        p += BYTES_OF_CHUNK, own += BY::CHUNK_BYTES, scales += LANES * sizeof(float);
+      }
+      if (chunk < stop) {
+        alignas(64) uint8_t spare[R][BYTES_OF_CHUNK];
+        memset(spare, 0, sizeof spare);
+        for (int r = 0; r < R; r++) memcpy(spare[r], p + r * row_bytes, (size_t)last_bytes);
+        BY::template steps<R, B>(table, spare[0], BYTES_OF_CHUNK, own, stride, scales, acc);
+        chunk++;
       }
       UNROLLED for (int r = 0; r < R; r++) {
-        if (!sums) {
-          UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_zero();
-          continue;
-        }
-        const F shift = WIDE ? f_set(runs.shift[r][g]) : f_permute(f_load(runs.shift[r] + g), index);
-        UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_mul(shift, f_load(sum + b * sum_stride + block * LANES));
-      }
-      const int64_t stop = least(first + per_group, chunks);
-      for (int64_t chunk = first; chunk < stop; chunk++) {
-        const uint8_t* p = codes + chunk * BYTES;
-        I raw[R];
-        if (chunk + 1 < chunks || last_bytes >= BYTES) {
-          UNROLLED for (int r = 0; r < R; r++) raw[r] = chunk_load<BITS>(p + r * row_bytes);
-          UNROLLED for (int r = 0; r < R; r++) prefetch(p + (r + R) * row_bytes);
-        } else {
-          uint8_t spare[BYTES + 16];
-          UNROLLED for (int r = 0; r < R; r++) {
-            memset(spare, 0, sizeof spare);
-            memcpy(spare, p + r * row_bytes, (size_t)last_bytes);
-            raw[r] = chunk_load<BITS>(spare);
-          }
-        }
-        BY::template steps<R, B>(table, raw, x + chunk * BY::CHUNK_BYTES, stride, acc);
-      }
-      UNROLLED for (int r = 0; r < R; r++) {
-        const F scale = WIDE ? f_set(runs.scale[r][g]) : f_permute(f_load(runs.scale[r] + g), index);
+        const float* some = runs.scale[r] + g;
+        const F scale = wide ? f_set(*some) : f_permute(few ? f_load_four(some) : f_load(some), index);
         UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
-        if (has_offset) {
-          const F offset = WIDE ? f_set(runs.offset[r][g]) : f_permute(f_load(runs.offset[r] + g), index);
-          UNROLLED for (int b = 0; b < B; b++)
-            total[r][b] = f_fma(offset, f_load(sum + b * sum_stride + block * LANES), total[r][b]);
-        }
       }
     }
   }
@@ -648,23 +727,16 @@ template <class BY, int BITS, bool WIDE, int R, int B> static void product_chunk
 typedef void (*Tile)(const Product&, int64_t row, int64_t n);
 
 // Rows of the weight beside rows of x: as many as the registers hold.
-struct Tiles { Tile four_one, one_one, two_two, one_two, two_four, one_four; };
+struct Tiles { Tile four_one, one_one, two_four, one_four; };
 
-template <class BY, int BITS, bool WIDE> static constexpr Tiles chunk_tiles() {
-  if constexpr (!VECTORS)
-    return {nullptr, product_chunks<BY, BITS, WIDE, 1, 1>, nullptr, product_chunks<BY, BITS, WIDE, 1, 2>,
-            nullptr, product_chunks<BY, BITS, WIDE, 1, 4>};
-  else
-    return {product_chunks<BY, BITS, WIDE, 4, 1>, product_chunks<BY, BITS, WIDE, 1, 1>, product_chunks<BY, BITS, WIDE, 2, 2>,
-            product_chunks<BY, BITS, WIDE, 1, 2>, product_chunks<BY, BITS, WIDE, 2, 4>, product_chunks<BY, BITS, WIDE, 1, 4>};
+template <class BY> static constexpr Tiles lane_tiles() {
+  if constexpr (!VECTORS) return {nullptr, product_lanes<BY, 1, 1>, nullptr, product_lanes<BY, 1, 4>};
+  else return {product_lanes<BY, 4, 1>, product_lanes<BY, 1, 1>, product_lanes<BY, 2, 4>, nullptr};
 }
 template <int SOURCE, int UNIT> static constexpr Tiles sum_tiles() {
-  if constexpr (!VECTORS)
-    return {nullptr, product_sums<SOURCE, 1, 1, 1>, nullptr, product_sums<SOURCE, 1, 1, 2>,
-            nullptr, product_sums<SOURCE, 1, 1, 4>};
+  if constexpr (!VECTORS) return {nullptr, product_sums<SOURCE, 1, 1, 1>, nullptr, product_sums<SOURCE, 1, 1, 4>};
   else
-    return {product_sums<SOURCE, UNIT, 4, 1>, product_sums<SOURCE, UNIT, 1, 1>, product_sums<SOURCE, UNIT, 2, 2>,
-            product_sums<SOURCE, UNIT, 1, 2>, product_sums<SOURCE, UNIT, 2, 4>, product_sums<SOURCE, UNIT, 1, 4>};
+    return {product_sums<SOURCE, UNIT, 4, 1>, product_sums<SOURCE, UNIT, 1, 1>, product_sums<SOURCE, UNIT, 2, 4>, nullptr};
 }
 template <int SOURCE> struct Units {
   static constexpr Tiles tiles[3] = {sum_tiles<SOURCE, 1>(), sum_tiles<SOURCE, 2>(), sum_tiles<SOURCE, 4>()};
@@ -673,69 +745,72 @@ template <int SOURCE> struct Units {
 // Vectors handled together: 1, 2 or 4, whatever fits into a group.
 static int unit_of(const anybit_shape* s) { return wide_group(s, 4 * LANES) ? 2 : wide_group(s, 2 * LANES) ? 1 : 0; }
 
-static const Tiles* const SUMS[12] = {nullptr, nullptr, nullptr, nullptr, nullptr,
+static const Tiles* const SUM_TILES[12] = {nullptr, nullptr, nullptr, nullptr, nullptr,
                                       Units<5>::tiles, Units<6>::tiles, Units<7>::tiles,
                                       Units<8>::tiles, Units<9>::tiles, Units<10>::tiles, Units<11>::tiles};
-static const Tiles EXACT = {nullptr, product_exact<1>, nullptr, product_exact<2>, nullptr, product_exact<4>};
-template <int BITS> struct Chunks {
-  static constexpr Tiles floats[2] = {chunk_tiles<ByFloats<BITS>, BITS, false>(), chunk_tiles<ByFloats<BITS>, BITS, true>()};
-#ifdef ANYBIT_DOTS
-  static constexpr Tiles dots[2] = {chunk_tiles<ByDots<BITS, 1>, BITS, false>(), chunk_tiles<ByDots<BITS, 1>, BITS, true>()};
-#endif
+static const Tiles EXACT = {nullptr, product_exact<1>, nullptr, product_exact<4>};
+template <class BY> struct Lanes {
+  static constexpr Tiles tiles = lane_tiles<BY>();
 };
-static const Tiles* const CHUNKS[5] = {nullptr, Chunks<1>::floats, Chunks<2>::floats, Chunks<3>::floats, Chunks<4>::floats};
+static const Tiles* const BY_FLOATS[5] = {nullptr, &Lanes<ByFloats<1>>::tiles, &Lanes<ByFloats<2>>::tiles,
+                                          &Lanes<ByFloats<3>>::tiles, &Lanes<ByFloats<4>>::tiles};
 #ifdef ANYBIT_DOTS
-static const Tiles* const DOTS[5] = {nullptr, Chunks<1>::dots, Chunks<2>::dots, Chunks<3>::dots, Chunks<4>::dots};
-static const Tiles TWO_TERMS[2] = {chunk_tiles<ByDots<4, 2>, 4, false>(), chunk_tiles<ByDots<4, 2>, 4, true>()};
+static const Tiles* const BY_PAIRS[8] = {
+    nullptr,
+    &Lanes<ByPairs<1>>::tiles,     &Lanes<ByPairs<2>>::tiles,     &Lanes<ByPairs<3>>::tiles,    &Lanes<ByPairs<4>>::tiles,
+    &Lanes<ByWidePairs<5>>::tiles, &Lanes<ByWidePairs<6>>::tiles, &Lanes<ByWidePairs<7>>::tiles};
 #endif
+static const Tiles* const BY_BYTES[9] = {
+    nullptr,
+    &Lanes<ByBytes<1, false>>::tiles, &Lanes<ByBytes<2, false>>::tiles, &Lanes<ByBytes<3, false>>::tiles,
+    &Lanes<ByBytes<4, false>>::tiles, &Lanes<ByBytes<5, false>>::tiles, &Lanes<ByBytes<6, false>>::tiles,
+    &Lanes<ByBytes<7, false>>::tiles, &Lanes<ByBytes<8, false>>::tiles};
 
-static const Tiles& tiles_of(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
+static const Tiles& tiles_of(const anybit_shape* s, const anybit_product* p) {
+  const bool table = s->levels == ANYBIT_TABLE;
+  switch (way_of(s, p)) {
+    case BYTES: return table ? Lanes<ByBytes<4, true>>::tiles : *BY_BYTES[s->bits];
+    case FLOATS: return *BY_FLOATS[s->bits];
 #ifdef ANYBIT_DOTS
-  if (int terms = dot_terms(s, t, p)) return terms == 1 ? DOTS[s->bits][wide_group(s, CHUNK)] : TWO_TERMS[wide_group(s, CHUNK)];
-#else
-  (void)t, (void)p;
+    case PAIRS:
+    case WIDE_PAIRS: return *BY_PAIRS[s->bits];
 #endif
-  if (in_chunks(s)) return CHUNKS[s->bits][wide_group(s, CHUNK)];
-  return sums_first(s) ? SUMS[source_of(s)][unit_of(s)] : EXACT;
+    case SUMS: return SUM_TILES[source_of(s)][unit_of(s)];
+    default: return EXACT;
+  }
 }
 
 static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,
                      int64_t first_row, int64_t last_row) {
-  const Tiles& tiles = tiles_of(s, t, p);
+  const Tiles& tiles = tiles_of(s, p);
   const Product q = {s, t, p, in, read_levels(s, t)};
   for (int64_t row = first_row; row < last_row;) {
-    int64_t n = 0, taken = 1;
     if (tiles.four_one && p->n == 1 && row + 4 <= last_row) {
       tiles.four_one(q, row, 0);
-      taken = 4;
-    } else if (tiles.two_two && row + 2 <= last_row && p->n > 1) {
-      taken = 2;
-      for (; n + 4 <= p->n; n += 4) tiles.two_four(q, row, n);
-      for (; n + 2 <= p->n; n += 2) tiles.two_two(q, row, n);
-      for (; n < p->n; n++) tiles.one_one(q, row, n), tiles.one_one(q, row + 1, n);
-    } else {
-      for (; n + 4 <= p->n; n += 4) tiles.one_four(q, row, n);
-      for (; n + 2 <= p->n; n += 2) tiles.one_two(q, row, n);
-      for (; n < p->n; n++) tiles.one_one(q, row, n);
+      row += 4;
+      continue;
     }
+    const int64_t taken = tiles.two_four && p->n >= 4 && row + 2 <= last_row ? 2 : 1;
+    int64_t n = 0;
+    if (Tile four = taken == 2 ? tiles.two_four : tiles.one_four)
+      for (; n + 4 <= p->n; n += 4) four(q, row, n);
+    for (; n < p->n; n++)
+      for (int64_t i = 0; i < taken; i++) tiles.one_one(q, row + i, n);
     row += taken;
   }
 }
 
 // --- inputs -----------------------------------------------------------------------------------------------------------------
 
-static int64_t padded_columns(const anybit_shape* s) { return ceil_div(s->columns, CHUNK) * CHUNK; }
-
-static int64_t sum_blocks(const anybit_shape* s) {
-  if (!needs_sums(s)) return 0;
-  if (in_chunks(s) && !wide_group(s, CHUNK)) return ceil_div(s->columns, CHUNK);
-  if (!in_chunks(s) && !sums_first(s)) return 0;
-  return ceil_div(s->columns, s->group);
+// Sums a row of x has: one for each group, filled up with zeros.
+static int64_t sum_count(const anybit_shape* s, Way way) {
+  return way == EXACTLY ? 0 : (ceil_div(ceil_div(s->columns, s->group), LANES) + 1) * LANES;
 }
 
-static void sizes(const anybit_shape* s, int64_t* values, int64_t* sums) {
-  *values = padded_columns(s);
-  *sums = sum_blocks(s) * LANES;
+static void sizes(const anybit_shape* s, const anybit_tensors*, const anybit_product* p, int64_t* values, int64_t* sums) {
+  const Way way = way_of(s, p);
+  *values = padded_columns(s) * (way == BYTES ? 6 : 4) / 4;
+  *sums = sum_count(s, way);
 }
 
 static void read_row(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values) {
@@ -757,48 +832,87 @@ static void read_row(const anybit_shape* s, const anybit_tensors* t, const anybi
   memset(values + s->columns, 0, (size_t)(padded_columns(s) - s->columns) * sizeof(float));
 }
 
-// Sums of x that zeros and offsets are multiplied with, lane by lane: per group, or per chunk of several groups.
-static void sum_input(const anybit_shape* s, int64_t blocks, const float* values, float* sums) {
-  const int64_t width = in_chunks(s) && !wide_group(s, CHUNK) ? CHUNK : s->group;
-  for (int64_t block = 0; block < blocks; block++) {
+static void sum_input(const anybit_shape* s, int64_t count, const float* values, float* sums) {
+  memset(sums, 0, (size_t)count * sizeof(float));
+  for (int64_t group = 0, start = 0; start < s->columns; group++, start += s->group) {
     F sum = f_zero();
-    int64_t stop = least((block + 1) * width, s->columns);
-    if (in_chunks(s)) stop = ceil_div(stop, CHUNK) * CHUNK;  // the columns of the last chunk are spread over all of it
-    for (int64_t start = block * width; start < stop; start += LANES) sum = f_add(sum, f_load(values + start));
-    f_store(sums + block * LANES, sum);
+    int64_t stop = least(start + s->group, s->columns), column = start;
+    for (; column + LANES <= stop; column += LANES) sum = f_add(sum, f_load(values + column));
+    float total = f_sum(sum);
+    for (; column < stop; column++) total += values[column];
+    sums[group] = total;
+  }
+}
+
+// Columns spread over the lanes of their chunk, in place: values[k][lane] = values[8 * lane + k]
+static void spread_floats(int64_t columns, float* values) {
+  float natural[CHUNK];
+  for (int64_t start = 0; start < columns; start += CHUNK) {
+    memcpy(natural, values + start, sizeof natural);
+    for (int k = 0; k < 8; k++)
+      for (int lane = 0; lane < LANES; lane++) values[start + k * LANES + lane] = natural[8 * lane + k];
+  }
+}
+
+// The same in pairs of bfloat16, PER_LANE columns a lane. In place: halves end before what they are read from.
+template <int PER_LANE> static void spread_pairs(int64_t columns, float* values) {
+  constexpr int HALF = PER_LANE / 2, APART = PER_LANE / 2 > 2 ? 4 : 2;
+  constexpr int64_t OWN = PER_LANE * LANES;
+  uint32_t natural[OWN], *out = (uint32_t*)values;
+  for (int64_t start = 0; start < columns; start += OWN) {
+    memcpy(natural, values + start, sizeof natural);
+    for (int k = 0; k < HALF; k++)
+      for (int lane = 0; lane < LANES; lane++) {
+        const uint32_t* own = natural + PER_LANE * lane + k;
+        *out++ = own[0] >> 16 | (own[APART] & 0xFFFF0000u);
+      }
+  }
+}
+
+// x in steps of a largest number over 127 for every BYTE_BLOCK columns; `values` becomes what the bytes stand for.
+static void round_to_bytes(const anybit_shape* s, float* values) {
+  const int64_t columns = padded_columns(s), per_lane = s->bits <= 4 ? 8 : 4, own = per_lane * LANES;
+  int8_t* bytes = (int8_t*)(values + columns);
+  float* scales = values + columns + columns / 4;
+  for (int64_t start = 0; start < columns; start += BYTE_BLOCK) {
+    float* x = values + start;
+    uint32_t largest = 0;  // the bits of a size are in the order of sizes
+    for (int i = 0; i < BYTE_BLOCK; i++) {
+      const uint32_t size = bits_of_float(x[i]) & 0x7FFFFFFFu;
+      largest = size > largest ? size : largest;
+    }
+    const float scale = float_of_bits(largest) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    int8_t rounded[BYTE_BLOCK];
+    for (int i = 0; i < BYTE_BLOCK; i++) {
+      const float steps = x[i] * inverse;
+      const float nearest = steps + (steps < 0 ? -0.5f : 0.5f);
+      const int32_t byte = nearest > 127.0f ? 127 : nearest < -127.0f ? -127 : nearest == nearest ? (int32_t)nearest : 0;
+      rounded[i] = (int8_t)byte;
+      x[i] = (float)byte * scale;
+    }
+    if (per_lane == 8) {
+      int8_t* chunk = bytes + start / own * own;
+      const int64_t inside = start % own / 2;
+      for (int i = 0; i < BYTE_BLOCK / 2; i++) {
+        chunk[inside + i] = rounded[2 * i];
+        chunk[own / 2 + inside + i] = rounded[2 * i + 1];
+      }
+    } else {
+      memcpy(bytes + start, rounded, BYTE_BLOCK);
+    }
+    for (int64_t lane = start / per_lane; lane < (start + BYTE_BLOCK) / per_lane; lane++) scales[lane] = scale;
   }
 }
 
 static void take_input(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values,
                        float* sums) {
+  const Way way = way_of(s, p);
   read_row(s, t, p, n, values);
-  const int64_t blocks = sum_blocks(s);
-#ifdef ANYBIT_DOTS
-  const bool dots = dot_terms(s, t, p) != 0;
-#else
-  const bool dots = false;
-#endif
-  if (in_chunks(s)) {
-    float natural[CHUNK];
-    for (int64_t start = 0; start < padded_columns(s); start += CHUNK) {
-      memcpy(natural, values + start, sizeof natural);
-      for (int k = 0; k < 8; k++)
-        for (int lane = 0; lane < LANES; lane++) values[start + k * LANES + lane] = natural[8 * lane + k];
-    }
-  }
-  if (blocks) sum_input(s, blocks, values, sums);
-  if (dots) {  // in place: a chunk of halves ends before the floats it is read from
-    for (int64_t chunk = 0; chunk < padded_columns(s) / CHUNK; chunk++) {
-      float floats[CHUNK];
-      memcpy(floats, values + chunk * CHUNK, sizeof floats);
-      uint16_t* halves = (uint16_t*)values + chunk * CHUNK;
-      for (int k = 0; k < 4; k++)
-        for (int lane = 0; lane < LANES; lane++) {
-          halves[(k * LANES + lane) * 2] = (uint16_t)(bits_of_float(floats[k * LANES + lane]) >> 16);
-          halves[(k * LANES + lane) * 2 + 1] = (uint16_t)(bits_of_float(floats[(k + 4) * LANES + lane]) >> 16);
-        }
-    }
-  }
+  if (way == BYTES) round_to_bytes(s, values);
+  if (int64_t count = sum_count(s, way)) sum_input(s, count, values, sums);
+  if (way == FLOATS) spread_floats(padded_columns(s), values);
+  if (way == PAIRS) spread_pairs<8>(padded_columns(s), values);
+  if (way == WIDE_PAIRS) spread_pairs<4>(padded_columns(s), values);
 }
 
 }  // namespace

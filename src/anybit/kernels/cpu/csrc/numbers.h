@@ -64,10 +64,10 @@ static inline void write_float(void* data, int64_t kind, int64_t at, float value
   }
 }
 
-// A parameter as it is stored, before an inversion.
-static inline float read_parameter(const anybit_parameter* p, const void* data, int64_t at) {
+// A number of a parameter as it is stored.
+static inline float read_number(int64_t kind, int64_t negated, const void* data, int64_t at) {
   float value;
-  switch (p->kind) {
+  switch (kind) {
     case ANYBIT_P_BF16: value = float_of_bf16(((const uint16_t*)data)[at]); break;
     case ANYBIT_P_F16: value = float_of_f16(((const uint16_t*)data)[at]); break;
     case ANYBIT_P_U8: value = (float)((const uint8_t*)data)[at]; break;
@@ -79,7 +79,7 @@ static inline float read_parameter(const anybit_parameter* p, const void* data, 
     }
     default: value = ((const float*)data)[at];
   }
-  return p->negated ? -value : value;
+  return negated ? -value : value;
 }
 
 #endif

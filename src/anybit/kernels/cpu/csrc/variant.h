@@ -4,17 +4,18 @@
 
 #include "grid.h"
 
-// Inputs of one product, ready for the inner loops: float32, padded with zeros, in the order the loops want.
+// Inputs of one product, ready for the inner loops: padded with zeros, in the order the loops want.
 struct Input {
-  const float* values;  // [n, padded]
-  const float* sums;    // [n, groups_or_chunks, lanes]; partial sums of x that zeros and offsets are multiplied with
+  const float* values;  // [n, ...]
+  const float* sums;    // [n, groups]; sums of x that zeros and offsets are multiplied with
   int64_t value_stride, sum_stride;
 };
 
 struct Variant {
   const char* name;
   // floats of scratch one row of x needs, for values and for sums
-  void (*sizes)(const anybit_shape* shape, int64_t* values, int64_t* sums);
+  void (*sizes)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product, int64_t* values,
+                int64_t* sums);
   void (*take_input)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product, int64_t row,
                      float* values, float* sums);
   void (*multiply)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
@@ -33,6 +34,6 @@ struct Variant {
 extern const Variant anybit_variant_scalar;
 extern const Variant anybit_variant_avx2;
 extern const Variant anybit_variant_avx512;
-extern const Variant anybit_variant_avx512bf16;
+extern const Variant anybit_variant_avx512vbmi;
 
 #endif

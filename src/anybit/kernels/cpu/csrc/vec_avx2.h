@@ -16,6 +16,7 @@ struct Lut { __m256 low, high; };
 static inline F f_zero() { return _mm256_setzero_ps(); }
 static inline F f_set(float a) { return _mm256_set1_ps(a); }
 static inline F f_load(const float* p) { return _mm256_loadu_ps(p); }
+static inline F f_load_four(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }  // again and again
 static inline void f_store(float* p, F a) { _mm256_storeu_ps(p, a); }
 static inline F f_add(F a, F b) { return _mm256_add_ps(a, b); }
 static inline F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
@@ -42,6 +43,22 @@ static inline I i_load(const uint32_t* p) { return _mm256_loadu_si256((const __m
 static inline I i_and(I a, I b) { return _mm256_and_si256(a, b); }
 static inline I i_xor(I a, uint32_t b) { return _mm256_xor_si256(a, _mm256_set1_epi32((int)b)); }
 template <int N> static inline I i_right(I a) { return _mm256_srli_epi32(a, N); }
+static inline I i_or(I a, I b) { return _mm256_or_si256(a, b); }
+template <int N> static inline I i_left(I a) { return _mm256_slli_epi32(a, N); }
+static inline I i_set(uint32_t a) { return _mm256_set1_epi32((int)a); }
+static inline I i_load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned, up to 7 bits) times those of x (signed, above -128).
+static inline I i_dot7(I sum, I u, I x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
+}
+static inline I i_dot8(I sum, I u, I x) {  // of all eight bits
+  const I low = _mm256_set1_epi16(0xFF);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(u, low), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(x, 8)));
+}
+static inline I i_zero() { return _mm256_setzero_si256(); }
+static inline I b_table(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+static inline I b_take(I table, I index) { return _mm256_shuffle_epi8(table, index); }  // of each byte, below 16
 static inline F f_gather(const float* table, I index) { return _mm256_i32gather_ps(table, index, 4); }
 static inline F f_of_integers(I a) { return _mm256_cvtepi32_ps(a); }
 
@@ -105,6 +122,34 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
   __m256i lanes = _mm256_shuffle_epi8(both, _mm256_load_si256((const __m256i*)tables.spread));
   return _mm256_srlv_epi32(lanes, _mm256_load_si256((const __m256i*)tables.shift));
+}
+
+// Lane i gets fields 4 i .. 4 i + 3 of a stream of W bits each, one a byte, with anything above them. Reads LANES * W / 2 bytes.
+template <int W> static inline I quads_load(const uint8_t* p) {
+  if constexpr (W == 8) return _mm256_loadu_si256((const __m256i*)p);
+  I four;  // 4 W bits a lane
+  if constexpr (W % 2 == 0) {
+    four = chunk_load<W / 2>(p);
+  } else {
+    constexpr int BYTES = 2 * W;  // of every 128 bits; the second ones are read early, to stay inside
+    alignas(32) static constexpr struct Tables {
+      int8_t spread[32];
+      int32_t shift[8];
+      constexpr Tables() : spread(), shift() {
+        for (int i = 0; i < 8; i++) {
+          for (int byte = 0; byte < 4; byte++) spread[4 * i + byte] = int8_t(i % 4 * W / 2 + byte + (i < 4 ? 0 : 16 - BYTES));
+          shift[i] = 4 * W * i % 8;
+        }
+      }
+    } tables;
+    __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 2 * BYTES - 16));
+    __m256i raw = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+    raw = _mm256_shuffle_epi8(raw, _mm256_load_si256((const __m256i*)tables.spread));
+    four = _mm256_srlv_epi32(raw, _mm256_load_si256((const __m256i*)tables.shift));
+  }
+  constexpr uint32_t MASK = (1u << W) - 1;
+  return i_or(i_or(i_and(four, i_set(MASK)), i_and(i_left<8 - W>(four), i_set(MASK << 8))),
+              i_or(i_and(i_left<2 * (8 - W)>(four), i_set(MASK << 16)), i_and(i_left<3 * (8 - W)>(four), i_set(MASK << 24))));
 }
 
 // LANES x LANES words: out[i * out_stride + j] = in[j * in_stride + i]

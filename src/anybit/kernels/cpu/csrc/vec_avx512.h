@@ -16,6 +16,7 @@ typedef __m512 Lut;
 static inline F f_zero() { return _mm512_setzero_ps(); }
 static inline F f_set(float a) { return _mm512_set1_ps(a); }
 static inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+static inline F f_load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }  // again and again
 static inline void f_store(float* p, F a) { _mm512_storeu_ps(p, a); }
 static inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
 static inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -38,6 +39,30 @@ static inline I i_load(const uint32_t* p) { return _mm512_loadu_si512(p); }
 static inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 static inline I i_xor(I a, uint32_t b) { return _mm512_xor_si512(a, _mm512_set1_epi32((int)b)); }
 template <int N> static inline I i_right(I a) { return _mm512_srli_epi32(a, N); }
+static inline I i_or(I a, I b) { return _mm512_or_si512(a, b); }
+template <int N> static inline I i_left(I a) { return _mm512_slli_epi32(a, N); }
+static inline I i_set(uint32_t a) { return _mm512_set1_epi32((int)a); }
+static inline I i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned, up to 7 bits) times those of x (signed, above -128).
+static inline I i_dot7(I sum, I u, I x) {
+#ifdef ANYBIT_VNNI
+  return _mm512_dpbusd_epi32(sum, u, x);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(u, x), _mm512_set1_epi16(1)));
+#endif
+}
+static inline I i_dot8(I sum, I u, I x) {  // of all eight bits
+#ifdef ANYBIT_VNNI
+  return _mm512_dpbusd_epi32(sum, u, x);
+#else
+  const I low = _mm512_set1_epi16(0xFF);
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_and_si512(u, low), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8)));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_srli_epi16(u, 8), _mm512_srai_epi16(x, 8)));
+#endif
+}
+static inline I i_zero() { return _mm512_setzero_si512(); }
+static inline I b_table(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+static inline I b_take(I table, I index) { return _mm512_shuffle_epi8(table, index); }  // of each byte, below 16
 static inline F f_gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
 static inline F f_of_integers(I a) { return _mm512_cvtepi32_ps(a); }
 
@@ -95,6 +120,49 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
   __m512i lanes = _mm512_shuffle_epi8(all, _mm512_load_si512(tables.spread));
   return _mm512_srlv_epi32(lanes, _mm512_load_si512(tables.shift));
+}
+
+// Lane i gets fields 4 i .. 4 i + 3 of a stream of W bits each, one a byte, with anything above them. Reads LANES * W / 2 bytes.
+template <int W> static inline I quads_load(const uint8_t* p) {
+  if constexpr (W == 8) return _mm512_loadu_si512(p);
+#ifdef ANYBIT_VBMI
+  alignas(64) static constexpr struct Tables {
+    uint8_t spread[64], shift[64];
+    constexpr Tables() : spread(), shift() {
+      for (int i = 0; i < 64; i++) {
+        spread[i] = i % 8 < W ? uint8_t(i / 8 * W + i % 8) : uint8_t(63);  // 63: beyond what is read, zero
+        shift[i] = uint8_t(W * (i % 8));
+      }
+    }
+  } tables;
+  const I raw = _mm512_permutexvar_epi8(_mm512_load_si512(tables.spread), _mm512_maskz_loadu_epi8((1ull << (8 * W % 64)) - 1, p));
+  return _mm512_multishift_epi64_epi8(_mm512_load_si512(tables.shift), raw);
+#else
+  I four;  // 4 W bits a lane
+  if constexpr (W % 2 == 0) {
+    four = chunk_load<W / 2>(p);
+  } else {
+    constexpr int BYTES = 2 * W;  // of every 128 bits; the last ones are read early, to stay inside
+    alignas(64) static constexpr struct Tables {
+      int8_t spread[64];
+      int32_t shift[16];
+      constexpr Tables() : spread(), shift() {
+        for (int i = 0; i < 16; i++) {
+          for (int byte = 0; byte < 4; byte++) spread[4 * i + byte] = int8_t(i % 4 * W / 2 + byte + (i < 12 ? 0 : 16 - BYTES));
+          shift[i] = 4 * W * i % 8;
+        }
+      }
+    } tables;
+    __m512i raw = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
+    raw = _mm512_inserti32x4(raw, _mm_loadu_si128((const __m128i*)(p + BYTES)), 1);
+    raw = _mm512_inserti32x4(raw, _mm_loadu_si128((const __m128i*)(p + 2 * BYTES)), 2);
+    raw = _mm512_inserti32x4(raw, _mm_loadu_si128((const __m128i*)(p + 4 * BYTES - 16)), 3);
+    four = _mm512_srlv_epi32(_mm512_shuffle_epi8(raw, _mm512_load_si512(tables.spread)), _mm512_load_si512(tables.shift));
+  }
+  constexpr uint32_t MASK = (1u << W) - 1;
+  return i_or(i_or(i_and(four, i_set(MASK)), i_and(i_left<8 - W>(four), i_set(MASK << 8))),
+              i_or(i_and(i_left<2 * (8 - W)>(four), i_set(MASK << 16)), i_and(i_left<3 * (8 - W)>(four), i_set(MASK << 24))));
+#endif
 }
 
 // LANES x LANES words: out[i * out_stride + j] = in[j * in_stride + i]

@@ -16,6 +16,7 @@ struct Lut { float v[16]; };
 static inline F f_zero() { F r; EACH r.v[i] = 0; return r; }
 static inline F f_set(float a) { F r; EACH r.v[i] = a; return r; }
 static inline F f_load(const float* p) { F r; EACH r.v[i] = p[i]; return r; }
+static inline F f_load_four(const float* p) { F r; EACH r.v[i] = p[i % 4]; return r; }  // again and again
 static inline void f_store(float* p, F a) { EACH p[i] = a.v[i]; }
 static inline F f_add(F a, F b) { EACH a.v[i] += b.v[i]; return a; }
 static inline F f_sub(F a, F b) { EACH a.v[i] -= b.v[i]; return a; }
@@ -33,6 +34,28 @@ static inline I i_load(const uint32_t* p) { I r; EACH r.v[i] = p[i]; return r; }
 static inline I i_and(I a, I b) { EACH a.v[i] &= b.v[i]; return a; }
 static inline I i_xor(I a, uint32_t b) { EACH a.v[i] ^= b; return a; }
 template <int N> static inline I i_right(I a) { EACH a.v[i] >>= N; return a; }
+static inline I i_or(I a, I b) { EACH a.v[i] |= b.v[i]; return a; }
+template <int N> static inline I i_left(I a) { EACH a.v[i] <<= N; return a; }
+static inline I i_set(uint32_t a) { I r; EACH r.v[i] = a; return r; }
+static inline I i_zero() { return i_set(0); }
+static inline I i_load_u8(const uint8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
+// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned) times those of x (signed).
+static inline I i_dot8(I sum, I u, I x) {
+  EACH for (int byte = 0; byte < 4; byte++)
+    sum.v[i] += (uint32_t)((int32_t)(u.v[i] >> (8 * byte) & 255) * (int32_t)(int8_t)(x.v[i] >> (8 * byte) & 255));
+  return sum;
+}
+static inline I i_dot7(I sum, I u, I x) { return i_dot8(sum, u, x); }
+struct Bytes { uint8_t v[16]; };
+static inline Bytes b_table(const uint8_t* p) { Bytes r; memcpy(r.v, p, 16); return r; }
+static inline I b_take(const Bytes& table, I index) {  // of each byte, below 16
+  EACH {
+    uint32_t found = 0;
+    for (int byte = 0; byte < 4; byte++) found |= (uint32_t)table.v[index.v[i] >> (8 * byte) & 15] << (8 * byte);
+    index.v[i] = found;
+  }
+  return index;
+}
 static inline F f_gather(const float* table, I index) { F r; EACH r.v[i] = table[index.v[i]]; return r; }
 static inline F f_of_integers(I a) { F r; EACH r.v[i] = (float)(int32_t)a.v[i]; return r; }
 
@@ -73,6 +96,21 @@ template <int BITS> static inline I codes_load(const uint8_t* p) {
   EACH {
     int bit = BITS * i;
     r.v[i] = ((uint32_t)p[bit / 8] | (uint32_t)p[bit / 8 + 1] << 8) >> (bit % 8);
+  }
+  return r;
+}
+
+// Lane i gets fields 4 i .. 4 i + 3 of a stream of W bits each, one a byte. Reads LANES * W / 2 bytes.
+template <int W> static inline I quads_load(const uint8_t* p) {
+  I r;
+  EACH {
+    r.v[i] = 0;
+    for (int field = 0; field < 4; field++) {
+      const int bit = W * (4 * i + field);
+      uint32_t found = (uint32_t)p[bit / 8] >> (bit % 8);
+      if (bit % 8 + W > 8) found |= (uint32_t)p[bit / 8 + 1] << (8 - bit % 8);
+      r.v[i] |= (found & ((1u << W) - 1)) << (8 * field);
+    }
   }
   return r;
 }
