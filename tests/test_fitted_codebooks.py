@@ -169,7 +169,9 @@ IDS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
 def test_a_checkpoint_is_made_loads_and_names_what_it_left_dense(
     config: Any, limit: float, small: Path, tmp_path: Path
 ) -> None:
+    given = config.to_dict()
     plan = anybit.quantize(small, tmp_path / "made", config, calibration=IDS, dtype="float16")
+    assert config.to_dict() == given  # it can be used again
     packed = {entry.slot.module for entry in plan.entries if entry.action == "quantize"}
     assert len(packed) == 7
     model: Any = anybit.load(tmp_path / "made", dtype="float32")

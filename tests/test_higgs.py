@@ -178,7 +178,9 @@ def test_codes_are_the_vendors(bits: int, p: int, dtype: str) -> None:
 
 def test_a_checkpoint_made_on_load_and_file_to_file(tmp_path: Path) -> None:
     config = HiggsConfig(bits=2, group_size=256, hadamard_size=256)
+    given = config.to_dict()
     plan = anybit.quantize(TINY, tmp_path / "made", config)
+    assert config.to_dict() == given  # it can be used again
     skipped = {entry.slot.module for entry in plan.entries if entry.action == "dense"}
     assert "model.layers.0.self_attn.k_proj" in skipped  # 128 outputs, and 256 are stored together
     tuned = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["tune_metadata"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ class CalibratedQuantizer(HfQuantizer):
     requires_calibration = True
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
+        # what is found out about a model is written into the configuration, and the caller's may be used for another one
+        super().__init__(quantization_config if pre_quantized else copy.deepcopy(quantization_config), **kwargs)
         self.pre_quantized = pre_quantized  # only now: whether there is calibration data is the engine's to know
 
     def can_be_calibrated(self, module: ModuleInfo) -> bool:

@@ -7,6 +7,7 @@ W = (tables2[pair of codes] * scale) rotated back by the normalised Sylvester ma
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,6 +62,11 @@ class HiggsHfQuantizer(HfQuantizer):
     """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie. Made without data."""
 
     layouts_available = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        # tune_metadata is filled in for one model, and the caller's configuration may be used for another one
+        own = quantization_config if pre_quantized else copy.deepcopy(quantization_config)
+        super().__init__(own, pre_quantized=pre_quantized, **kwargs)
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         if not {"tables", "tables2"} & set(stored):
