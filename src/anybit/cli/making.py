@@ -30,7 +30,7 @@ from anybit.cli.options import (
 )
 from anybit.cli.progress import peak_memory
 from anybit.cli.report import Output, duration, pairs, percent, size, table
-from anybit.cli.schemes import chosen
+from anybit.cli.schemes import chosen, parse_setting
 
 
 def quantize(
@@ -46,7 +46,19 @@ def quantize(
     ] = None,
     algorithm: Annotated[
         str | None,
-        typer.Option("--algorithm", help="With --calib: another than the method's own, e.g. gptq.", metavar="NAME"),
+        typer.Option(
+            "--algorithm",
+            help="With --calib: another than the method's own, e.g. gptq, or several: awq+gptq.",
+            metavar="NAME",
+        ),
+    ] = None,
+    algorithm_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--algorithm-set",
+            help="An option of the rounding, e.g. mse=2.4 of gptq; may be repeated.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
@@ -106,6 +118,7 @@ def quantize(
             wanted,
             calibration=calib,
             algorithm=algorithm,
+            algorithm_options=dict(map(parse_setting, algorithm_set or [])),
             samples=samples,
             sequence_length=sequence_length,
             seed=seed,
