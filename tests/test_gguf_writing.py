@@ -335,6 +335,34 @@ def test_damaged_importance_is_named(llama: Path, tmp_path: Path) -> None:
         anybit.quantize(llama, tmp_path / "out", GgufConfig(imatrix=str(tmp_path / "none.dat")))
 
 
+def test_calibration_weighs_what_the_inputs_weigh(llama: Path, tmp_path: Path) -> None:
+    """Without a matrix, from tokens: the layers of blocks get other codes, which suit their inputs; the head, which no
+    calibration covers, keeps its own."""
+    tokens = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(5))
+    anybit.quantize(llama, tmp_path / "plain", GgufConfig(mix="Q2_K"))
+    anybit.quantize(llama, tmp_path / "seen", GgufConfig(mix="Q2_K"), calibration=tokens)
+    with Checkpoint.open(tmp_path / "plain") as one, Checkpoint.open(tmp_path / "seen") as two:
+        changed = {name for name in one.tensors if not torch.equal(one.read(name), two.read(name))}
+    own = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert changed == {f"blk.{block}.{name}.weight" for block in range(2) for name in own}
+    dense = transformers.LlamaForCausalLM.from_pretrained(llama)
+    kept: list[torch.Tensor] = []
+    layer = dense.model.layers[0].mlp.down_proj
+    layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].flatten(0, 1)))
+    dense(tokens)
+    errors = []
+    for folder in ("plain", "seen"):
+        model: Any = anybit.load(tmp_path / folder)
+        found = model.model.layers[0].mlp.down_proj.dequantize(torch.float32)
+        errors.append((kept[0] @ (found - layer.weight).T).norm())
+    assert errors[1] < errors[0]
+
+
+def test_mixes_are_schemes() -> None:
+    assert GgufConfig.schemes["gguf-q4_k_m"] == {"mix": "Q4_K_M"}
+    assert len(GgufConfig.schemes) == len(MIXES)
+
+
 # --- tokenizers ------------------------------------------------------------------------------------------------------------
 
 TEXTS = [

@@ -60,7 +60,7 @@ class GgufConfig(QuantizationConfigMixin):
     method: ClassVar[str] = "gguf"
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
     optional: ClassVar[tuple[str, ...]] = ("mix", "block_type", "tensor_types", "imatrix", "modules_to_not_convert")
-    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {name.lower(): {"mix": name} for name in MIXES}
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"gguf-{name.lower()}": {"mix": name} for name in MIXES}
 
     def post_init(self) -> None:
         check_type(self, "gguf_file", str, None)
