@@ -114,16 +114,30 @@ def convert(
         ready.checkpoint.release()
         return report
     config = source_config(ready)
-    for key in ("compression_config", "quantization", *type(ready.quantizer.quantization_config).claims):
+    for key in (KEY, "compression_config", "quantization", *type(ready.quantizer.quantization_config).claims):
         config.pop(key, None)
-    config[KEY] = target.quantization_config.to_dict()
+    config = target.model_config(config)
+    metadata = target.file_metadata(made, [name for job in jobs for name in job.specs])
     dropped = type(ready.quantizer.quantization_config).side_files
     write_checkpoint(
-        dst, jobs, config, max_shard_size=max_shard_size, copy_from=ready.side_files(dropped),
+        dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=ready.side_files(dropped),
         extra_files={**ready.extra_files(), **target.made_files(made)}, force=force, progress=progress,
     )  # fmt: skip
     ready.checkpoint.release()
     return report
+
+
+def convert_unit(
+    ready: Prepared,
+    entry: Entry,
+    part: PlannedPart,
+    target: HfQuantizer,
+    report: Conversion,
+    allow_requantize: bool,
+    device: torch.device | str = "cpu",
+) -> None:
+    """What becomes of one unit, noted in the report; nothing is written. Raises what `convert` would."""
+    _job(ready, entry, part, _layout(target, entry, part, ready), report, allow_requantize, torch.device(device)).make()
 
 
 def _layout(target: HfQuantizer, entry: Entry, part: PlannedPart, ready: Prepared) -> Layout | None:

@@ -50,12 +50,18 @@ def rewrite(weight: Weight, scheme: Weight) -> Weight:
     if weight.shape != scheme.shape:
         raise NotRepresentable(f"a weight {weight.shape} cannot take the form of a weight {scheme.shape}")
     kept = Weight(weight.tree, scheme.dtype, scheme.activation)
-    if kept.structure() == scheme.structure():  # of any form: scales of scales, tables
+    if kept.structure() == scheme.structure() and _leaves(kept) == _leaves(
+        scheme
+    ):  # any form: scales of scales, tables
         return kept
     if len(weight.shape) == 3:
         return stack([rewrite(weight.select(expert), scheme.select(expert)) for expert in range(weight.shape[0])])
     elements = take_apart(weight.tree)
     return Weight(_put_together(scheme.tree, elements), scheme.dtype, scheme.activation)
+
+
+def _leaves(weight: Weight) -> list[tuple[torch.dtype, torch.Size]]:
+    return [(tensor.dtype, tensor.shape) for tensor in nodes.tensors_of(weight.tree)]
 
 
 # --- source ---------------------------------------------------------------------------------------------------------------
