@@ -47,11 +47,28 @@ def families(rows: int, columns: int) -> dict[str, Callable[[], nodes.Grid]]:
     def powers(group: int) -> nodes.Values:
         return nodes.Values(torch.randint(110, 130, (rows, columns // group), dtype=torch.uint8), levels="e8m0")
 
+    def scale_codes(group: int, bits: int, signed: bool = False) -> nodes.Codes:
+        return nodes.Codes.of(torch.randint(0, 1 << bits, (rows, columns // group)), bits, signed)
+
+    def super_scales(group: int, count: int) -> nodes.Values:
+        return nodes.Values((torch.rand(rows, -(-columns // group // count)) * 0.02 + 0.01).half())
+
+    def nested(group: int, bits: int, count: int, signed: bool = False) -> nodes.Grid:
+        return nodes.Grid(scale_codes(group, bits, signed), super_scales(group, count), block=(1, count))
+
     row = nodes.Values(torch.rand(rows, 1) * 0.02)
     return {
         "int4, groups of 128, zero points (GPTQ, AWQ)": lambda: nodes.Grid(codes(4), scales(128), zeros(4, 128), block=(1, 128)),
         "int4, groups of 32 (Q4_0)": lambda: nodes.Grid(codes(4), scales(32), block=(1, 32)),
         "nf4, blocks of 64 (bitsandbytes)": lambda: nodes.Grid(codes(4), scales(64, torch.float32), levels="nf4", block=(1, 64)),
+        "nf4, nested scales (bitsandbytes)": lambda: nodes.Grid(
+            codes(4),
+            nodes.Grid(scale_codes(64, 8), super_scales(64, 64), offset=nodes.Values(torch.rand(1, 1)), block=(1, 64)),
+            levels="nf4", block=(1, 64),
+        ),
+        "Q4_K": lambda: nodes.Grid(codes(4), nested(32, 6, 8), offset=nested(32, 6, 8), block=(1, 32)),
+        "Q5_K": lambda: nodes.Grid(codes(5), nested(32, 6, 8), offset=nested(32, 6, 8), block=(1, 32)),
+        "Q6_K": lambda: nodes.Grid(codes(6, True), nested(16, 8, 16, True), block=(1, 16)),
         "mxfp4, blocks of 32": lambda: nodes.Grid(codes(4), powers(32), levels="e2m1", block=(1, 32)),
         "int2, groups of 64": lambda: nodes.Grid(codes(2), scales(64), zeros(2, 64), block=(1, 64)),
         "int3, groups of 128": lambda: nodes.Grid(codes(3), scales(128), zeros(3, 128), block=(1, 128)),
@@ -67,6 +84,12 @@ def families(rows: int, columns: int) -> dict[str, Callable[[], nodes.Grid]]:
             codes(4), scales(64, torch.bfloat16), offset=scales(64, torch.bfloat16), block=(1, 64), compute="bfloat16"
         ),
     }  # fmt: skip
+
+
+def kernel_rounds(spec: str) -> bool:
+    """Whether the fast kernel rounds inputs of this weight: one grid of integers, or of a table of 16 numbers."""
+    grid = json.loads(spec)["program"]["grid"]
+    return grid["compute"] == 0 and (grid["levels"] in (0, 1) or (grid["levels"], grid["bits"]) == (2, 4))
 
 
 def medians(candidates: dict[str, Candidate], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -123,6 +146,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for dtype, x in inputs.items():
                 label = str(dtype).removeprefix("torch.")
                 candidates[label] = functools.partial(kernel.linear, x, spec, tensors, None)
+                if dtype == torch.bfloat16 and kernel_rounds(spec):
+                    candidates["fast"] = functools.partial(get("cpu_fast").linear, x, spec, tensors, None)
                 candidates[f"dense {label}"] = functools.partial(torch.nn.functional.linear, x, dense[dtype])
             seconds = medians(candidates, options.repeats, clock)
             entry: dict[str, Any] = {"family": name, "batch": batch, "bytes": weight.bytes_in_memory}
@@ -131,9 +156,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "milliseconds": round(seconds[label] * 1e3, 3),
                     "dense_milliseconds": round(seconds[f"dense {label}"] * 1e3, 3),
                 }
+            if "fast" in seconds:
+                entry["fast"] = {
+                    "milliseconds": round(seconds["fast"] * 1e3, 3),
+                    "dense_milliseconds": round(seconds["dense bfloat16"] * 1e3, 3),
+                }
             if batch == 1:
                 entry["read_gb_per_second"] = round(stream.numel() * 4 / seconds["read"] / 1e9, 2)
-                for label in ("bfloat16", "float32"):
+                for label in ("bfloat16", "float32", "fast"):
+                    if label not in entry:
+                        continue
                     entry[label]["gb_per_second"] = round(weight.bytes_in_memory / seconds[label] / 1e9, 2)
             found.append(entry)
             print(json.dumps(entry), flush=True)
@@ -157,14 +189,17 @@ def table(result: dict[str, Any]) -> str:
         f"level {facts['levels'][-1]}, torch {facts['torch']}; medians of {result['repeats']} interleaved repeats, "
         f"{'CPU time of one thread' if result['clock'] == 'thread' else 'wall clock'}. "
         "`read`: packed bytes per second over a streaming read's, one row of input. `x dense`: torch's time with the dense "
-        "weight of the input's dtype over ours.",
+        "weight of the input's dtype over ours. `fast`: a bfloat16 input that cpu_fast rounds to bytes.",
         "",
-        "| family | rows of x | bf16 ms | x dense | read | f32 ms | x dense | read |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| family | rows of x | bf16 ms | x dense | read | f32 ms | x dense | read | fast ms | x dense | read |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for entry in result["products"]:
         cells = [entry["family"], str(entry["batch"])]
-        for label in ("bfloat16", "float32"):
+        for label in ("bfloat16", "float32", "fast"):
+            if label not in entry:
+                cells += ["", "", ""]
+                continue
             own = entry[label]
             share = f"{own['gb_per_second'] / entry['read_gb_per_second']:.0%}" if "gb_per_second" in own else ""
             ratio = own["dense_milliseconds"] / own["milliseconds"]
