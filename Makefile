@@ -8,13 +8,14 @@ PYTEST_ARGS ?=
 # A stamp is older than these after a change of dependencies or of the native kernels, and the install runs again.
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/anybit/kernels/cpu/csrc/*)
 
-.PHONY: help demo test check format capabilities docs clean
+.PHONY: help demo test check format capabilities conversions docs clean
 
 help:
 	@echo 'make demo    quantize the bundled model with four methods and print the comparison'
 	@echo 'make test    run the tests            make test PYTEST_ARGS="-k gptq"'
 	@echo 'make check   formatting, lint, types  make format: apply the formatting'
 	@echo 'make capabilities  measure what every method can do, for the method table'
+	@echo 'make conversions   measure what becomes of every method in every other, for docs/conversions.md'
 	@echo 'make docs    build the documentation into build/site'
 	@echo 'make clean   remove .venv and caches'
 
@@ -54,6 +55,10 @@ format: $(VENV)/.installed-dev
 capabilities: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q --record-capabilities src/anybit/methods/_measured.json tests/test_conformance_*.py
 	$(BIN)/python docs/generate.py
+
+# What `convert` makes of every method's files in every other method.
+conversions: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python docs/conversions.py
 
 docs: $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -49,7 +49,14 @@ def rewrite(weight: Weight, scheme: Weight) -> Weight:
     """
     if weight.shape != scheme.shape:
         raise NotRepresentable(f"a weight {weight.shape} cannot take the form of a weight {scheme.shape}")
-    kept = Weight(weight.tree, scheme.dtype, scheme.activation)
+    activation = scheme.activation
+    if activation is not None and any(
+        tensor.is_meta for tensor in activation.tensors
+    ):  # scales of inputs come from the source
+        if weight.activation is None or len(weight.activation.tensors) != len(activation.tensors):
+            raise NotRepresentable("the target stores scales of its inputs, which the source does not have")
+        activation = replace(activation, tensors=weight.activation.tensors)
+    kept = Weight(weight.tree, scheme.dtype, activation)
     if kept.structure() == scheme.structure() and _leaves(kept) == _leaves(
         scheme
     ):  # any form: scales of scales, tables
@@ -57,7 +64,7 @@ def rewrite(weight: Weight, scheme: Weight) -> Weight:
     if len(weight.shape) == 3:
         return stack([rewrite(weight.select(expert), scheme.select(expert)) for expert in range(weight.shape[0])])
     elements = take_apart(weight.tree)
-    return Weight(_put_together(scheme.tree, elements), scheme.dtype, scheme.activation)
+    return Weight(_put_together(scheme.tree, elements), scheme.dtype, activation)
 
 
 def _leaves(weight: Weight) -> list[tuple[torch.dtype, torch.Size]]:
