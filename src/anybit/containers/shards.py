@@ -20,9 +20,7 @@ def parse_size(size: int | str, what: str = "max_shard_size") -> int:
     """Bytes of 5_000_000_000, "5GB" (decimal, as in huggingface_hub) or "5GiB". `what`: the option, for errors."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]{0,3})\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or int(float(match[1]) * _UNITS[match[2].upper()]) < 1:
-        raise InvalidOption(
-            f"{what} is {size!r}; it must be a number of bytes or a text such as '5GB' or '500MB'"
-        )
+        raise InvalidOption(f"{what} is {size!r}; it must be a number of bytes or a text such as '5GB' or '500MB'")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
