@@ -27,6 +27,11 @@ _NAMES = {
     "merge": "anybit.engine.merge",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
+    "recommend": "anybit.engine.recommend",
+    "sensitivity": "anybit.engine.sensitivity",
+    "allocate": "anybit.engine.allocate",
+    "read_recipe": "anybit.engine.recipe",
+    "quantize_by_recipe": "anybit.engine.recipe",
     "explain": "anybit.engine.explaining",
 }
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from anybit.cli import demo, looking, making, reporting, running
+from anybit.cli import advising, demo, looking, making, reporting, running
 from anybit.cli.errors import EXIT_CODES, INTERRUPTED, OK, UNEXPECTED, UsageMistake, as_dict, exit_code, show
 from anybit.cli.report import print_json
 from anybit.errors import did_you_mean
@@ -64,7 +64,14 @@ def _root(
         typer.echo(ctx.get_help())
 
 
-for commands in (looking.COMMANDS, making.COMMANDS, running.COMMANDS, reporting.COMMANDS, demo.COMMANDS):
+for commands in (
+    looking.COMMANDS,
+    advising.COMMANDS,
+    making.COMMANDS,
+    running.COMMANDS,
+    reporting.COMMANDS,
+    demo.COMMANDS,
+):
     for command in commands:
         app.command(command.__name__.rstrip("_"), epilog="Exit codes: anybit --help")(command)
 

@@ -73,6 +73,12 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop what a broken run left in OUTPUT.partial, instead of going on.")
     ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", help="A file that says all of this, module by module.", metavar="FILE", dir_okay=False
+        ),
+    ] = None,
     report: Annotated[
         bool,
         typer.Option(
@@ -99,7 +105,11 @@ def quantize(
 
     anybit quantize meta-llama/Llama-3.2-1B -o llama-nf4 --scheme nf4
     """
-    wanted = chosen(scheme, method, set_, config, required=True)
+    if recipe is not None:
+        given = {"--scheme": scheme, "--method": method, "--set": set_, "--config": config, "--calib": calib}
+        for option in [name for name, value in {**given, "--algorithm": algorithm}.items() if value]:
+            raise UsageMistake(f"--recipe and {option} exclude each other; write it into the recipe")
+    wanted = chosen(scheme, method, set_, config, required=recipe is None)
     if report_text is not None and not report:
         raise UsageMistake("--report-text goes with --report")
     out = Output(as_json, quiet)
@@ -112,25 +122,33 @@ def quantize(
 
     begin = time.perf_counter()
     with out.progress("quantize") as progress:
-        plan = run(
-            path,
-            output,
-            wanted,
-            calibration=calib,
-            algorithm=algorithm,
-            algorithm_options=dict(map(parse_setting, algorithm_set or [])),
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            dtype=dtype,
-            device=main_device(device),
-            max_shard_size=max_shard_size,
-            force=force,
-            restart=restart,
-            max_memory=max_memory,
-            announce=announce,
-            progress=progress,
-        )
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device": main_device(device),
+            "max_shard_size": max_shard_size,
+            "force": force,
+            "restart": restart,
+            "max_memory": max_memory,
+            "announce": announce,
+            "progress": progress,
+        }
+        if recipe is not None:
+            from anybit.engine.recipe import quantize_by_recipe, read_recipe
+
+            plan = quantize_by_recipe(path, output, read_recipe(recipe), **options)
+        else:
+            plan = run(
+                path,
+                output,
+                wanted,
+                calibration=calib,
+                algorithm=algorithm,
+                algorithm_options=dict(map(parse_setting, algorithm_set or [])),
+                samples=samples,
+                sequence_length=sequence_length,
+                seed=seed,
+                **options,
+            )
     if dry_run:
         return
     _written(out, "quantized", plan, output, time.perf_counter() - begin)

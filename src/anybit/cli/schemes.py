@@ -1,7 +1,4 @@
-"""From what a user types (--scheme, --method and --set, --config) to a configuration object.
-
-The named schemes are data of the method files: each configuration class may offer `schemes`, a mapping of name to options.
-"""
+"""From what a user types (--scheme, --method and --set, --config) to a configuration object."""
 
 from __future__ import annotations
 
@@ -12,24 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from anybit.cli.errors import UsageMistake
-from anybit.errors import ConfigError, InvalidOption, UnknownMethod, did_you_mean
+from anybit.errors import UnknownMethod, did_you_mean
 from anybit.quantizers import registry
 from anybit.quantizers.config import QuantizationConfigMixin
+from anybit.quantizers.named import build, from_scheme, schemes
 
-Config = type[QuantizationConfigMixin]
-
-
-def schemes() -> dict[str, tuple[Config, dict[str, Any]]]:
-    """Every named scheme: the configuration class that offers it, and its options."""
-    found: dict[str, tuple[Config, dict[str, Any]]] = {}
-    for cls in dict.fromkeys(registry.config_classes()):
-        for name, options in getattr(cls, "schemes", {}).items():
-            if name in found:
-                raise ConfigError(
-                    f"the scheme {name!r} is offered by both {found[name][0].__name__} and {cls.__name__}"
-                )
-            found[name] = (cls, dict(options))
-    return found
+__all__ = ["chosen", "from_scheme", "methods", "parse_setting", "schemes"]
 
 
 def methods() -> list[str]:
@@ -53,7 +38,7 @@ def chosen(
         cls = registry.config_class(method)
         if cls is None:
             raise UnknownMethod(method, methods())
-        return _build(cls, options)
+        return build(cls, options, "Add them with --set NAME=VALUE")
     if file is not None:
         return _from_file(file, options)
     if options:
@@ -63,15 +48,6 @@ def chosen(
             "say how to quantize: --scheme NAME (e.g. nf4), --method NAME --set ..., or --config FILE.json"
         )
     return None
-
-
-def from_scheme(name: str, options: dict[str, Any] | None = None) -> QuantizationConfigMixin:
-    """The configuration of a named scheme, some options changed."""
-    known = schemes()
-    if name not in known:
-        raise InvalidOption(f"no scheme {name!r}{did_you_mean(name, known) or '.'} Schemes: {', '.join(known)}")
-    cls, own = known[name]
-    return _build(cls, {**own, **(options or {})})
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -84,18 +60,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
     except ValueError:
         parsed = {"True": True, "False": False, "None": None}.get(value, value)
     return name.strip(), parsed
-
-
-def _build(cls: Config, options: dict[str, Any]) -> QuantizationConfigMixin:
-    try:
-        config: QuantizationConfigMixin = cls(**options)
-    except TypeError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise InvalidOption(
-            f"{cls.__name__}: {str(error).partition('() ')[2] or error}. Add them with --set NAME=VALUE"
-        ) from error
-    return config
 
 
 def _from_file(file: Path, options: dict[str, Any]) -> QuantizationConfigMixin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,25 @@ def settings_of(config: Any, module: str) -> Settings | None:
         if _pattern(pattern).starts(module):
             return None if pattern.startswith("-:") else _changed(config, pattern, values)
     return _changed(config, "", None)
+
+
+def with_dynamic(config: Any, settings: Mapping[str, Any]) -> Any:
+    """A copy of the configuration whose `dynamic` gives each named module another configuration's options, or leaves it dense."""
+    found: dict[str, Any] = {}
+    for module, other in settings.items():
+        if other is None:
+            found[f"-:^{re.escape(module)}$"] = {}
+        else:
+            found[f"+:^{re.escape(module)}$"] = {
+                "bits": other.bits,
+                "group_size": other.group_size,
+                "sym": other.symmetric,
+                "desc_act": bool(other.desc_act),
+            }
+    made = type(config).from_dict(config.to_dict())
+    made.dynamic = {**found, **(config.dynamic or {})} or None
+    made.post_init()
+    return made
 
 
 def check_dynamic(config: Any) -> None:

@@ -48,6 +48,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
 
     method: ClassVar[str] = "bitsandbytes"
     claims: ClassVar[tuple[str, ...]] = ("load_in_4bit", "load_in_8bit")
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

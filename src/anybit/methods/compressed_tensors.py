@@ -118,6 +118,7 @@ class CompressedTensorsConfig(_KeepsFile):
         f"ct-{preset.lower().replace('_', '-')}": {"config_groups": {preset: ["Linear"]}, "ignore": ["lm_head"]}
         for preset in DATA_FREE
     }
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize", "use_optimized_inference")
     optional: ClassVar[tuple[str, ...]] = ("sparsity_config", "transform_config", "version")
 
@@ -152,6 +153,27 @@ class CompressedTensorsConfig(_KeepsFile):
         """Whether some group has 8-bit float weights."""
         weights = (group["weights"] for group in (self.config_groups or {}).values())
         return any(args is not None and (args["type"], args["num_bits"]) == ("float", 8) for args in weights)
+
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        groups = {f"group_{number}": copy.deepcopy(group) for number, group in enumerate(self._groups(self))}
+        dense = list(self.ignore or ())
+        for module, other in settings.items():
+            if other is None:
+                dense.append(module)
+                continue
+            (wanted,) = self._groups(other)
+            own = {**copy.deepcopy(wanted), "targets": []}
+            name = next((name for name, group in groups.items() if {**group, "targets": []} == own), None)
+            if name is None:
+                name = f"group_{len(groups)}"
+                groups[name] = own
+            groups[name]["targets"].append(module)
+        return type(self)(config_groups=groups, ignore=dense, kv_cache_scheme=copy.deepcopy(self.kv_cache_scheme))
+
+    @staticmethod
+    def _groups(config: Any) -> list[dict[str, Any]]:
+        """Groups as data; formats are chosen anew, group by group, when a checkpoint is made."""
+        return [{**group, "format": None} for group in (config.config_groups or {}).values()]
 
     @classmethod
     def recognizes(cls, config_dict: Mapping[str, Any]) -> bool:

@@ -35,6 +35,7 @@ class FbgemmFp8Config(QuantizationConfigMixin):
 
     method: ClassVar[str] = "fbgemm_fp8"
     loading_attributes: ClassVar[tuple[str, ...]] = ("activation_scale_ub",)
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fbgemm-fp8": {}}
 
     def post_init(self) -> None:

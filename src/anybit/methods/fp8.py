@@ -52,6 +52,7 @@ class FineGrainedFP8Config(QuantizationConfigMixin):
 
     method: ClassVar[str] = "fp8"
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize", "modules_to_not_convert")
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "fp8": {},
         "fp8-ue8m0": {"scale_fmt": "ue8m0"},

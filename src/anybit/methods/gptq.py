@@ -24,6 +24,7 @@ from anybit.methods._per_module import (
     refuse_calibration,
     settings_of,
     stays_dense,
+    with_dynamic,
 )
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
@@ -78,6 +79,7 @@ class GPTQConfig(QuantizationConfigMixin):
     side_files: ClassVar[tuple[str, ...]] = ("quantize_config.json",)
     loading_attributes: ClassVar[tuple[str, ...]] = ("max_input_length", "backend")
     optional: ClassVar[tuple[str, ...]] = ("dynamic",)
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"gptq-{bits}bit-g{group_size}": {"bits": bits, "group_size": group_size}
         for bits in (2, 3, 4, 8)
@@ -103,6 +105,9 @@ class GPTQConfig(QuantizationConfigMixin):
         if self.desc_act:
             self.act_group_aware = False  # they exclude each other
         check_dynamic(self)
+
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        return with_dynamic(self, settings)
 
     @property
     def symmetric(self) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from anybit._lazy import LazyModule
-from anybit.errors import ConfigError, InvalidOption
+from anybit.errors import ConfigError, InvalidOption, NotRepresentable
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import check_choice, check_flags, check_names, check_positive, listed, refuse
@@ -108,6 +108,21 @@ class MetalConfig(QuantizationConfigMixin):
             *(("quant_method", "modules_to_not_convert") if self.mode is None else ("mode",)),
         )
         return {name: own[name] for name in written}
+
+    def served_by(self) -> tuple[str, ...]:
+        return ("transformers",) if self.mode is None else ("mlx",)
+
+    def per_module(self, settings: Mapping[str, Any]) -> QuantizationConfigMixin:
+        if self.mode is None:
+            raise NotRepresentable(
+                "MetalConfig without a mode (transformers' Metal format) has one setting for the whole model. Use an MLX scheme, "
+                "e.g. mlx-4bit-g64: its files name settings of single modules"
+            )
+        made = type(self).from_dict(self.to_dict())
+        for module, other in settings.items():
+            own = None if other is None else (other.bits, other.group_size, other.mode)
+            made.extra_fields[module] = False if own is None else dict(zip(("bits", "group_size", "mode"), own))
+        return cast(QuantizationConfigMixin, made)
 
     def of_module(self, module: str) -> Settings | None:
         """What the file's own key for a module says; None without such a key."""

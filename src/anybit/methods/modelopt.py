@@ -54,6 +54,7 @@ class ModelOptConfig(QuantizationConfigMixin):
     method: ClassVar[str] = "modelopt"
     aliases: ClassVar[Mapping[str, str]] = {"exclude_modules": "ignore"}
     side_files: ClassVar[tuple[str, ...]] = (FILE,)
+    targets: ClassVar[tuple[str, ...]] = ("vllm",)
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "modelopt-fp8-pc": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         "modelopt-fp8-pb": {"quant_algo": "fp8_pb_wo"},

@@ -39,6 +39,7 @@ class Mxfp4Config(QuantizationConfigMixin):
 
     method: ClassVar[str] = "mxfp4"
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mxfp4": {}}
 
     def post_init(self) -> None:

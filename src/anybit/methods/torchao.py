@@ -6,14 +6,15 @@ Stored for a weight `a.b.weight`: a.b._weight_qdata, a.b._weight_scale, a.b._wei
 
 from __future__ import annotations
 
+import copy
 import enum
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from anybit._lazy import LazyModule
-from anybit.errors import CorruptFile, InvalidOption, did_you_mean
+from anybit.errors import CorruptFile, InvalidOption, NotRepresentable, did_you_mean
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.options import InvalidOptionType, check_flags, check_names, dtype_name
@@ -107,6 +108,7 @@ class TorchAoConfig(QuantizationConfigMixin):
 
     method: ClassVar[str] = "torchao"
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = SCHEMES
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
 
     def post_init(self) -> None:
         self.quant_type = plain_data(self.quant_type)
@@ -125,6 +127,20 @@ class TorchAoConfig(QuantizationConfigMixin):
         # the classes of that time were version 1; `layout` was an object of torchao's and cannot be in a file
         data = config_dict.setdefault("quant_type_kwargs", None) or {}
         return {**config_dict, "quant_type": {"_type": LEGACY[name], "_version": 1, "_data": data}}
+
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        if self.quant_type["_type"] in MANY:
+            raise NotRepresentable(
+                f"TorchAoConfig: {self.quant_type['_type']} names modules already; start from another"
+            )
+        table = {name: None if other is None else cast(Any, other).quant_type for name, other in settings.items()}
+        made = copy.copy(self)
+        made.quant_type = {
+            "_type": "FqnToConfig",
+            "_version": VERSIONS["FqnToConfig"],
+            "_data": {"fqn_to_config": {**table, "_default": self.quant_type}},
+        }
+        return made
 
     def get_apply_tensor_subclass(self) -> dict[str, Any]:
         """transformers' name for reading `quant_type`."""

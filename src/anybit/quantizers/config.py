@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import ConfigError, InvalidOption, did_you_mean
+from anybit.errors import ConfigError, InvalidOption, NotRepresentable, did_you_mean
 
 if TYPE_CHECKING:
     import os
@@ -65,6 +65,7 @@ class QuantizationConfigMixin:
     loading_attributes: options a user may change on a quantized checkpoint.
     optional: options that `to_dict` leaves out while they are None.
     schemes: short names for options to create a checkpoint with, e.g. "nf4".
+    targets: programs that read the method's files; see `served_by`.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_given")  # what the caller named lies beside the options, not among them
@@ -76,6 +77,7 @@ class QuantizationConfigMixin:
     side_files: ClassVar[tuple[str, ...]] = ()
     loading_attributes: ClassVar[tuple[str, ...]] = ()
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    targets: ClassVar[tuple[str, ...]] = ("transformers",)
     optional: ClassVar[tuple[str, ...]] = ()
 
     quant_method: QuantizationMethod | str
@@ -160,6 +162,22 @@ class QuantizationConfigMixin:
     def adopt(self, stored: QuantizationConfigMixin) -> QuantizationConfigMixin | None:
         """A configuration of this class for a checkpoint of another method that shares its tensors, or None."""
         return None
+
+    # --- choosing ---
+
+    def served_by(self) -> tuple[str, ...]:
+        """Programs besides this one that load what this configuration makes: transformers, vllm, llama.cpp, mlx."""
+        return type(self).targets
+
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        """A new configuration: this one, with another of its class for the modules named (None: left dense).
+
+        Raises NotRepresentable where the method's files have one setting for all modules.
+        """
+        raise NotRepresentable(
+            f"{type(self).__name__} has one setting for the whole model; its files cannot say another for "
+            f"{next(iter(settings), 'a module')}. Methods that can: {', '.join(_carriers())}"
+        )
 
     # --- dictionaries ---
 
@@ -266,6 +284,14 @@ class QuantizationConfigMixin:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and _listed(self.to_dict()) == _listed(other.to_dict())
+
+
+def _carriers() -> list[str]:
+    """Methods whose configurations may differ by module."""
+    from anybit.quantizers import registry
+
+    classes = dict.fromkeys(registry.config_classes())
+    return sorted(cls.method for cls in classes if cls.per_module is not QuantizationConfigMixin.per_module)
 
 
 def difference(config: QuantizationConfigMixin, default: QuantizationConfigMixin) -> dict[str, Any]:
