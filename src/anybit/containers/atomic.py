@@ -132,7 +132,9 @@ def resumable_folder(path: str | os.PathLike[str], force: bool = False, restart:
 
 def _is_work(work: Path) -> bool:
     """Whether a folder is what an earlier run left: it has a state, or nothing but the beginning of a result."""
-    return work.is_dir() and ((work / STATE).is_file() or {file.name for file in work.iterdir()} <= {RESULT, NEW_STATE})
+    if not work.is_dir() or (work / STATE).is_file():
+        return work.is_dir()
+    return all(file.name in (RESULT, NEW_STATE) or file.name.startswith("hidden-") for file in work.iterdir())
 
 
 def _empty(work: Path) -> None:

@@ -51,10 +51,8 @@ class Journal:
         self.resume = resume
         self.done: set[int] = set()
         self.last = time.monotonic()
-        if self.path.exists():
+        if self.path.exists():  # there is none before the first job is done: nothing is worth keeping then
             self._read()
-        else:
-            self._write()
 
     def _read(self) -> None:
         try:
