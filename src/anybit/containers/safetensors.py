@@ -24,6 +24,12 @@ _SPACE = rb"[ \t\r\n]*"
 _TEXT = rb'"[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*"'
 _KEY = re.compile(_SPACE + b"(" + _TEXT + b")" + _SPACE + b":" + _SPACE)
 _STRING = re.compile(_TEXT)
+# an entry as writers make them; whatever else JSON allows, and every mistake, is left to the slow walk
+_NUMBER = rb"(?:0|[1-9][0-9]{0,17})"
+_USUAL = re.compile(
+    rb'\{ ?"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:' + _NUMBER + rb"(?:, ?" + _NUMBER + rb"){0,63})?)\], ?"
+    rb'"data_offsets": ?\[(' + _NUMBER + rb"), ?(" + _NUMBER + rb")\] ?\}"
+)
 _FLAT_OBJECT = re.compile(rb"\{[^{}]{0,4096}\}")
 _COMMA_OR_END = re.compile(_SPACE + rb"([,}])")
 _OPEN = re.compile(rb"\{" + _SPACE + rb"(\})?")
@@ -59,6 +65,8 @@ class _Header:
 
     def __init__(self, file: RawFile, raw: bytes):
         self.file, self.raw, self.position, self.where = file, raw, 0, ""
+        self.path = str(file.path)
+        self.sizes: dict[tuple[bytes, bytes], tuple[str, tuple[int, ...], int] | None] = {}  # see `_size`
         self.decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
 
     def fail(self, what: str) -> NoReturn:
@@ -127,6 +135,31 @@ class _Header:
     # --- one tensor ----------------------------------------------------------------------------------------------------
 
     def _tensor(self, name: str) -> TensorInfo:
+        return self._usual(name) or self._any(name)
+
+    def _usual(self, name: str) -> TensorInfo | None:
+        """A tensor whose entry has the usual form and no mistake; None, and nothing is consumed, for any other."""
+        match = _USUAL.match(self.raw, self.position)
+        if match is None:
+            return None
+        code, sides, begin, end = match.groups()
+        known = self.sizes[code, sides] if (code, sides) in self.sizes else self._size(code, sides)
+        if known is None or int(end) - int(begin) != known[2]:
+            return None
+        self.position = match.end()
+        return TensorInfo(name, known[0], known[1], known[2], self.path, 8 + len(self.raw) + int(begin))
+
+    def _size(self, code: bytes, sides: bytes) -> tuple[str, tuple[int, ...], int] | None:
+        """(torch dtype, shape in units of it, bytes) of a dtype and a shape, as they are written; None if they are wrong."""
+        kind, shape = BY_CODE.get(code.decode()), tuple(map(int, sides.split(b","))) if sides else ()
+        count, found = elements(shape), None
+        if kind is not None and not kind.pair and count is not None and count * kind.bits <= 8 * LARGEST:
+            size, rest = divmod(count * kind.bits, 8)
+            found = None if rest else (kind.torch, shape, size)
+        self.sizes[code, sides] = found
+        return found
+
+    def _any(self, name: str) -> TensorInfo:
         entry = self._entry()
         for key in ("dtype", "shape", "data_offsets"):
             if key not in entry:

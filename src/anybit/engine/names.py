@@ -13,6 +13,7 @@ to dense tensors by transformers' own operations.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,10 +139,14 @@ class Names:
     def _beside(self, key: str, found: Sorted) -> bool:
         """Place a tensor that lies where a unit's dense weight would: nearly all of a packed checkpoint, and quickly."""
         prefix, _, relative = key.rpartition(".")
-        part = self._part(f"{prefix}.weight") if prefix and relative != "weight" else None
-        if part is None or f"{part[0].removesuffix('weight')}{relative}" in self.state:
+        place = self._part(f"{prefix}.weight") if prefix and relative != "weight" else None
+        if place is None or f"{place[0].removesuffix('weight')}{relative}" in self.state:
             return False
-        found.parts.setdefault(part[0], {}).setdefault(part[1], Part(prefix)).stored[_relative(relative)] = key
+        parts = found.parts.setdefault(place[0], {})
+        part = parts.get(place[1])
+        if part is None:
+            part = parts[place[1]] = Part(prefix)
+        part.stored[_relative(relative)] = key
         return True
 
     def _shared_units(self, keys: Sequence[str]) -> dict[str, list[str]]:
@@ -184,17 +189,27 @@ class Names:
 
     def rename(self, key: str) -> tuple[str, Any, str]:
         """The model's name of a stored dense tensor; with the converter and its pattern if several become one."""
+        return self._rename(key, self._renamed(key))
+
+    def _renamed(self, key: str) -> str:
+        """A stored name after the renamings, before any converter."""
+        from transformers.core_model_loading import apply_renamings
+
+        return apply_renamings(key, self.renamings)
+
+    def _rename(self, key: str, own: str) -> tuple[str, Any, str]:
+        """See `rename`; `own`: the key after the renamings, which cost the most and are applied once."""
         from transformers.core_model_loading import rename_source_key
 
-        renamed, pattern = rename_source_key(key, self.renamings, self.converters, self.base_model_prefix, self.state)
+        renamed, pattern = rename_source_key(own, [], self.converters, self.base_model_prefix, self.state)
         if renamed not in self.state and key in self.state:
             return key, None, ""
         if pattern is None:
             return renamed, None, ""
-        converter = next(
-            one for one in self.converters if pattern in one.source_patterns and _took(one, key, self.renamings)
-        )
-        return renamed, converter, pattern
+        possible = [one for one in self.converters if pattern in one.source_patterns]
+        if len(possible) == 1:
+            return renamed, possible[0], pattern
+        return renamed, next(one for one in possible if one.rename_source_key(own)[1] is not None), pattern
 
     def path_of(self, module: str) -> str | None:
         """The model's path of a module that the checkpoint calls `module`; None if the model has no such module."""
@@ -246,12 +261,15 @@ class Names:
         return None
 
     def _part(self, key: str) -> tuple[str, Index] | None:
-        if key not in self._parts:
-            self._parts[key] = self._find_part(key)
-        return self._parts[key]
+        try:
+            return self._parts[key]
+        except KeyError:
+            found = self._parts[key] = self._find_part(key)
+            return found
 
     def _find_part(self, key: str) -> tuple[str, Index] | None:
-        renamed, converter, pattern = self.rename(key)
+        own = self._renamed(key)
+        renamed, converter, pattern = self._rename(key, own)
         if renamed not in self.slots:
             older = _EXPERT.sub(lambda match: f"{match[1]}.{OLDER_NAMES[match[2]]}.weight", key)
             return self._find_part(older) if older != key else None
@@ -261,10 +279,7 @@ class Names:
             return None
         expert = None
         if "*" in pattern:
-            from transformers.core_model_loading import apply_renamings
-
-            wanted = re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+|\*)")
-            numbers = re.search(wanted, apply_renamings(key, self.renamings))
+            numbers = _numbers_in(pattern).search(own)
             if numbers is None:
                 return None
             expert = int(numbers.group(1)) if numbers.group(1) != "*" else None
@@ -305,10 +320,10 @@ def _gives_rows_away(converter: Any) -> bool:
     return bool(converter.operations[0].dim == 0)
 
 
-def _took(converter: Any, key: str, renamings: list[Any]) -> bool:
-    from transformers.core_model_loading import apply_renamings
-
-    return converter.rename_source_key(apply_renamings(key, renamings))[1] is not None
+@functools.lru_cache(maxsize=256)
+def _numbers_in(pattern: str) -> re.Pattern[str]:
+    """What finds the number of an expert in a name that a converter's pattern matches."""
+    return re.compile(re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+|\*)"))
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -44,6 +44,12 @@ class PlannedPart:
     own_dense_prefix: str | None = None
     cut: Cut | None = None
 
+    def packed_as(self, layout: Layout) -> PlannedPart:
+        """The same unit, with its layout known."""
+        return PlannedPart(
+            self.prefix, self.index, self.stored, layout, self.conversion, self.own_dense_prefix, self.cut
+        )
+
     @property
     def dense_prefix(self) -> str:
         return self.own_dense_prefix or self.prefix
@@ -275,8 +281,10 @@ def _dtypes(model: nn.Module, names: Names, dtype: torch.dtype) -> dict[str, tor
 def _parts_of(slot: Slot, sorted_names: Sorted, checkpoint: Checkpoint) -> list[PlannedPart]:
     """Stored units of a slot, in the order of their index, without layouts yet."""
 
+    tensors = checkpoint.tensors
+
     def infos(part: NamedPart) -> dict[str, TensorInfo]:
-        return {relative: checkpoint.tensors[name] for relative, name in part.stored.items()}
+        return {relative: tensors[name] for relative, name in part.stored.items()}
 
     conversion = sorted_names.conversions.get(slot.parameter)
     if conversion is not None:
@@ -308,7 +316,8 @@ class _Builder:
 
     def entry(self, slot: Slot, parts: list[PlannedPart]) -> Entry:
         _check_complete(slot, parts)
-        parts = [replace(part, layout=self.layout(slot, part, parts)) for part in parts]
+        layouts = [self.layout(slot, part, parts) for part in parts]
+        parts = [part if layout is None else part.packed_as(layout) for part, layout in zip(parts, layouts)]
         packed = [part for part in parts if part.layout is not None]
         if packed and len(packed) < len(parts):  # an expert stack is packed whole or not at all
             dense = next(part.prefix for part in parts if part.layout is None)
