@@ -405,7 +405,11 @@ class TestProcess:
 
     def test_interrupt(self):
         command = [sys.executable, "-m", "anybit.cli", "run", MODEL, "-p", "The city", "-n", "100000", "--greedy"]
-        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # a run in the background of a script hands down that interrupts are ignored
+        running = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         try:
             running.stdout.read(20)  # words are coming
             running.send_signal(signal.SIGINT)
