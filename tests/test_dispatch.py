@@ -184,11 +184,19 @@ def test_the_environment_is_checked_before_any_weight_is_read(tmp_path, monkeypa
 def test_methods_fitted_to_data_cannot_be_created_at_load():
     fitted = [cls for cls in AUTO_QUANTIZER_MAPPING.values() if cls.requires_calibration]
     assert "AqlmHfQuantizer" in {cls.__name__ for cls in fitted}
-    quark = {"quant_method": "quark", "export": {}, "global_quant_config": {}}
+
+    class Fitted(HfQuantizer):
+        requires_calibration = True
+
+    config = anybit.QuarkConfig()
     with pytest.raises(
         CalibrationNeeded, match=r"quark cannot be created from a dense checkpoint at load.*choose a method"
     ):
-        AutoHfQuantizer.from_config(quark, pre_quantized=False)
+        Fitted(config, pre_quantized=False)
+    spec = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+    static = {"quant_method": "quark", "export": {}, "global_quant_config": {"weight": spec, "input_tensors": spec}}
+    with pytest.raises(CalibrationNeeded, match=r"global_quant_config.input_tensors.*Set is_dynamic: true"):
+        AutoHfQuantizer.from_config(static, pre_quantized=False)
     assert issubclass(CalibrationNeeded, ValueError)
 
 

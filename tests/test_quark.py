@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import anybit
+from anybit import algorithms
 from anybit.containers.info import TensorInfo
-from anybit.errors import ConfigError, InvalidOption, MissingTensor, ShapeMismatch
+from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.kernels.reference import multiply
 from anybit.methods import _quark_layouts as layouts
-from anybit.methods.quark import QuarkConfig, QuarkHfQuantizer
-from anybit.weight import ModuleInfo
+from anybit.methods.quark import QuarkConfig, QuarkHfQuantizer, specification
+from anybit.quantizers.named import from_scheme
+from anybit.weight import ModuleInfo, levels
 
 GOLDEN = Path(__file__).parent / "golden" / "quark"
 FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
@@ -238,3 +240,211 @@ def test_dynamic_outputs_are_refused_instead_of_left_out():
     config = QuarkConfig(global_quant_config={"weight": {**spec, "is_dynamic": False}, "output_tensors": spec})
     with pytest.raises(InvalidOption, match="are quantized dynamically"):
         AutoHfQuantizer.from_config(config).layout_of(ModuleInfo("a.b", "linear", (8, 8), "float16"), {}, None)
+
+
+# --- creating: Quark's observers, one weight at a time ---------------------------------------------------------------------------
+
+
+def made(weight: torch.Tensor, spec: Any, inputs: Any = None, **config: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The layout that a dense weight gets, and what is stored of it."""
+    settings = {"weight": spec, "input_tensors": inputs}
+    quantizer = QuarkHfQuantizer(QuarkConfig(global_quant_config=settings, **config), pre_quantized=False)
+    module = ModuleInfo("model.a", "linear", tuple(weight.shape), str(weight.dtype)[6:])
+    layout: Any = quantizer.layout_for(module)
+    assert layout is not None, quantizer.skip_reasons
+    found = algorithms.get(layout.algorithm)(weight, layout.scheme(), **layout.algorithm_options())
+    stored = layout.encode(found)
+    infos = {
+        name: TensorInfo(f"model.a.{name}", str(tensor.dtype)[6:], tuple(tensor.shape), tensor.nbytes, "f")
+        for name, tensor in stored.items()
+    }
+    again: Any = layouts.layout_of(QuarkHfQuantizer(quantizer.quantization_config), module, infos)
+    assert again == layout  # what was written is read as what was meant
+    return layout, stored
+
+
+def nibbles(words_: torch.Tensor) -> list[list[int]]:
+    """Unsigned codes of int32 words [n, m], one at a time, in the order of "reorder"."""
+    found = []
+    for row in words_.tolist():
+        codes = [0] * (8 * len(row))
+        for number, word in enumerate(row):
+            for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                codes[8 * number + output] = (word >> (4 * place)) & 15
+        found.append(codes)
+    return found
+
+
+INTEGERS = [
+    (dtype, scheme, symmetric)
+    for dtype in ("int4", "uint4", "int8", "uint8")
+    for scheme in ("per_tensor", "per_channel", "per_group")
+    for symmetric in (True, False)
+    if not (symmetric and dtype.startswith("u")) and not (dtype.endswith("8") and scheme == "per_group")
+]
+
+
+@pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "scheme", "symmetric"), INTEGERS)
+def test_integers_are_those_of_the_observers(
+    dtype: str, scheme: str, symmetric: bool, model_dtype: torch.dtype
+) -> None:
+    """Scale and zero point of minimum and maximum, rounded to the model's dtype at each step; codes in float32."""
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(16, 64, generator=generator) + 0.4).to(model_dtype)
+    weight[3, :32] = 0.0
+    spec = specification(dtype, scheme, symmetric=symmetric, group_size=32 if scheme == "per_group" else None)
+    layout, stored = made(weight, spec)
+    bits, signed = int(dtype[-1]), not dtype.startswith("u")
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+    def parameters(block: torch.Tensor) -> tuple[torch.Tensor, int]:
+        least, most = block.amin().clamp(max=0), block.amax().clamp(min=0)
+        scale = torch.maximum(-least, most) / ((high - low) / 2) if symmetric else (most - least) / float(high - low)
+        if scheme == "per_tensor":
+            scale = scale.float()
+        scale = scale.clamp(min=2.0**-23)
+        zero = 0 if symmetric else int((low - torch.round(least.to(scale.dtype) / scale)).clamp(low, high))
+        return scale, zero
+
+    across = {"per_tensor": 64, "per_channel": 64, "per_group": 32}[scheme]
+    values = layout.decode(stored).to_dense(torch.float32)
+    for row in range(16):
+        for start in range(0, 64, across):
+            block = weight if scheme == "per_tensor" else weight[row, start : start + across]
+            scale, zero = parameters(block)
+            numbers = weight[row, start : start + across].float()
+            codes = torch.round(numbers * (1.0 / scale.float()) + zero).clamp(low, high)
+            assert torch.equal(values[row, start : start + across], (codes - zero) * scale.float())
+            if bits == 4 and scheme == "per_group":
+                packed = [nibbles(stored["weight"])[start + place][row] for place in range(across)]
+                assert packed == [int(code) & 15 for code in codes]
+                assert nibbles(stored["weight_zero_point"])[start // 32][row] == zero & 15
+                assert stored["weight_scale"][start // 32, row] == scale
+            elif bits == 4:
+                assert nibbles(stored["weight"])[row] == [int(code) & 15 for code in codes]
+            else:
+                assert stored["weight"][row].tolist() == codes.tolist()
+    assert stored["weight_scale"].dtype == (torch.float32 if scheme == "per_tensor" else model_dtype)
+
+
+@pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", ["per_tensor", "per_channel"])
+def test_fp8_codes_are_quotients_in_the_weights_dtype(scheme: str, model_dtype: torch.dtype) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(5)).to(model_dtype)
+    weight[3] = 0.0
+    layout, stored = made(weight, specification("fp8_e4m3", scheme, ch_axis=0))
+    if scheme == "per_tensor":
+        scale = weight.abs().amax() / 448
+    else:
+        scale = weight.abs().amax(1) / 448
+        scale[3] = 2.0**-23
+    assert torch.equal(stored["weight_scale"], scale)
+    wanted = (weight / scale.reshape(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(stored["weight"].view(torch.uint8), wanted.view(torch.uint8))
+    assert layout.inputs is None
+
+
+@pytest.mark.parametrize("mode", ["even", "floor", "ceil"])
+@pytest.mark.parametrize(("dtype", "mantissa", "emax"), [("fp4", 1, 2), ("fp6_e2m3", 3, 2), ("fp6_e3m2", 2, 4)])
+def test_mx_exponents_and_elements(dtype: str, mantissa: int, emax: int, mode: str) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(7)) * 3
+    spec = specification(dtype, "per_group", group_size=32, scale_format="e8m0", scale_calculation_mode=mode)
+    layout, stored = made(weight, spec, {**spec, "is_dynamic": True})
+    assert layout.inputs.rule == f"quark_{dtype}_{mode}"
+    values = layout.decode(stored).to_dense(torch.float32)
+    level = {"fp4": "e2m1", "fp6_e2m3": "e2m3", "fp6_e3m2": "e3m2"}[dtype]
+    table = sorted(set(levels.table(level, "cpu").tolist()))
+    for row in range(8):
+        for group in range(2):
+            block = weight[row, 32 * group : 32 * group + 32]
+            amax = block.abs().amax()
+            if mode == "even":
+                bits = amax.view(torch.int32) + (1 << (23 - mantissa - 1))
+                exponent = int(bits >> 23) - 127 - emax
+            else:
+                exponent = int(getattr(torch, mode)(torch.log2(amax))) - emax
+            assert int(stored["weight_scale"][row, group]) == exponent + 127
+            for number, value in zip(block.tolist(), values[row, 32 * group : 32 * group + 32].tolist(), strict=True):
+                nearest = min(abs(number / 2.0**exponent - entry) for entry in table)
+                assert abs(number / 2.0**exponent - value / 2.0**exponent) == pytest.approx(nearest, abs=1e-7)
+
+
+def test_codes_of_the_peer_come_again_from_their_values() -> None:
+    """MXFP4 blocks are their own nearest codes: bytes and exponents of a file of Quark's."""
+    tensors = load_file(GOLDEN / "mxfp4" / "model.safetensors")
+    config = json.loads((GOLDEN / "mxfp4" / "config.json").read_text())["quantization_config"]
+    name = "model.layers.0.mlp.up_proj"
+    stored = {own: tensors[f"{name}.{own}"] for own in ("weight", "weight_scale")}
+    settings = config["global_quant_config"]
+    layout = read(stored, (stored["weight"].shape[0], 2 * stored["weight"].shape[1]), **native(settings["weight"]))
+    dense = layout.decode(stored).to_dense(torch.float32)
+    _, ours = made(dense, settings["weight"])
+    same = ours["weight_scale"] == stored["weight_scale"]
+    assert same.float().mean() > 0.9  # a block whose largest was rounded down may get the next smaller exponent
+    mine, theirs = (one.reshape(*same.shape, 16)[same] for one in (ours["weight"], stored["weight"]))
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("scheme", sorted(QuarkConfig.schemes))
+def test_schemes_make_checkpoints_that_load(scheme: str, tmp_path: Path) -> None:
+    anybit.dequantize(GOLDEN / "fp8-kvcache", tmp_path / "dense", dtype="bfloat16")
+    config = from_scheme(scheme)
+    anybit.quantize(tmp_path / "dense", tmp_path / "made", config)
+    assert config.exclude is None  # the caller's configuration can be used for another model
+    written = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    assert written["export"]["pack_method"] == "reorder"
+    assert "lm_head" in written["exclude"]
+    ids = load_file(GOLDEN / "fp8-kvcache" / "reference.safetensors")["input_ids"]
+    model: Any = anybit.load(tmp_path / "made")
+    dense: Any = anybit.load(tmp_path / "dense")
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.quantized_weight.tree is not None
+    wanted = dense.model.layers[0].mlp.up_proj.weight.float()
+    error = (layer.dequantize(torch.float32) - wanted).norm() / wanted.norm()
+    assert error < 0.3
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_what_only_data_tells_is_refused_with_a_cure() -> None:
+    def create(**config: Any) -> QuarkHfQuantizer:
+        return QuarkHfQuantizer(QuarkConfig(**config), pre_quantized=False)
+
+    weight = {"weight": FP8}
+    with pytest.raises(CalibrationNeeded, match=r"layer_quant_config\['\*v'\].output_tensors: static scales"):
+        create(global_quant_config=weight, layer_quant_config={"*v": {**weight, "output_tensors": FP8}})
+    with pytest.raises(CalibrationNeeded, match="activation_scheme='static'"):
+        create(quant_method="fp8", activation_scheme="static", export={})
+    with pytest.raises(CalibrationNeeded, match="algo_config, which needs data"):
+        create(global_quant_config=weight, algo_config=[{"name": "gptq"}])
+    with pytest.raises(InvalidOption, match="no weight to quantize"):
+        create(global_quant_config={})
+    with pytest.raises(InvalidOption, match="AwqConfig"):
+        create(quant_method="awq", bits=4, export={})
+    with pytest.raises(InvalidOption, match="fake_quantized"):
+        create(global_quant_config=weight, export={"weight_format": "fake_quantized"})
+    with pytest.raises(InvalidOption, match="no code below zero"):
+        made(torch.ones(8, 32), specification("uint4", "per_channel"))
+    with pytest.raises(InvalidOption, match="is not made here"):
+        made(torch.ones(8, 32), specification("fp8_e5m2", "per_tensor"))
+
+
+def test_modules_that_do_not_fit_stay_dense_and_the_file_says_so() -> None:
+    spec = specification("int4", "per_group", group_size=32)
+    quantizer = QuarkHfQuantizer(QuarkConfig(global_quant_config={"weight": spec}), pre_quantized=False)
+    for shape, reason in (((8, 48), "no multiple"), ((12, 64), "eight outputs share a word")):
+        module = ModuleInfo(f"model.{shape[0]}", "linear", shape, "bfloat16")
+        assert quantizer.layout_for(module) is None
+        assert reason in quantizer.skip_reasons[module.name]
+        assert module.name in quantizer.quantization_config.exclude
+    table = ModuleInfo("model.embed", "embedding", (64, 64), "bfloat16")
+    assert quantizer.layout_for(table) is None
+    assert "not of an embedding" in quantizer.skip_reasons["model.embed"]
+
+
+def test_files_of_the_fp8_mode_can_be_made() -> None:
+    config = QuarkConfig(quant_method="fp8", activation_scheme="dynamic", ignored_layers=["lm_head"], export={})
+    quantizer = QuarkHfQuantizer(config, pre_quantized=False)
+    layout: Any = quantizer.layout_for(linear(16, 32))
+    assert (layout.scale_form, layout.inputs.rule) == ("scalar", "quark_fp8_tensor")
+    assert quantizer.layout_for(ModuleInfo("lm_head", "linear", (16, 32), "bfloat16")) is None

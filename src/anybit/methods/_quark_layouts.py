@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
-from anybit.errors import InvalidOption, MissingTensor, ShapeMismatch
+from anybit.errors import CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.methods._activations import TOP, finish, groups
 from anybit.methods._kv_cache import straight
 from anybit.methods._scaled_floats import Inputs, ScaledFloatLayout, Spec, check_form, require_scale
@@ -30,6 +30,9 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PARAMETERS = ("weight_zero_point", "input_scale", "input_zero_point")
 NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 MX = {"fp4": ("e2m1", 2, "even_1"), "fp6_e2m3": ("e2m3", 2, "even_3"), "fp6_e3m2": ("e3m2", 4, "even_2")}
+MX_OF = {own[0]: own for own in MX.values()}
+MODES = ("even", "floor", "ceil")
+SMALLEST = 2.0**-23  # of a scale
 
 
 # --- layouts of its own: small floats are those of other methods ----------------------------------------------------
@@ -42,6 +45,7 @@ class QuarkLayout(Layout):
     scale: Spec = ("weight_scale", "float32", ())
     zero: Spec | None = None
     inputs: Inputs | None = None
+    symmetric: bool = True
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         own = {"weight": self.weight_spec()}
@@ -87,10 +91,49 @@ class QuarkLayout(Layout):
 
 
 @dataclass(frozen=True)
-class BytesLayout(QuarkLayout):
+class IntegerLayout(QuarkLayout):
+    """Integers by Quark's minimum and maximum observers."""
+
+    algorithm: ClassVar[str | None] = "rtn"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        raise NotImplementedError
+
+    def algorithm_options(self) -> dict[str, object]:
+        return {"ranges": self.ranges, "as_stored": True, "zero_first": True, "reciprocal": True}
+
+    def ranges(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """Scale and zero point of blocks, every operation rounded to the weight's dtype, as the peer does it.
+
+        One scale for a matrix is the exception: a comparison with the smallest one makes it float32.
+        """
+        dtype = getattr(torch, self.dtype)
+        low, high = low.clamp(max=0).to(dtype), high.clamp(min=0).to(dtype)
+        first, last = self.code_range
+        if self.symmetric:
+            scale = torch.maximum(-low, high) / ((last - first) / 2)
+        else:
+            scale = (high - low) / float(last - first)
+        if self.scale[2] in ((), (1,)):
+            scale = scale.to(torch.float32)
+        scale = scale.clamp(min=SMALLEST)
+        zero = torch.zeros_like(scale)
+        if not self.symmetric:
+            zero = (first - (low.to(scale.dtype) / scale).round().to(torch.float32)).clamp(first, last)
+        return {"scale": scale.to(torch.float32), "zero": zero.to(torch.float32)}
+
+
+@dataclass(frozen=True)
+class BytesLayout(IntegerLayout):
     """8-bit integers, one scale and zero point for a matrix or for each output."""
 
     element: str = "int8"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return (-128, 127) if self.element == "int8" else (0, 255)
 
     def weight_spec(self) -> tuple[str, tuple[int, ...]]:
         return self.element, self.shape
@@ -115,11 +158,31 @@ class BytesLayout(QuarkLayout):
 
 
 @dataclass(frozen=True)
-class WordsLayout(QuarkLayout):
-    """4-bit integers in groups of inputs, eight outputs to a word. `turned`: scales lie [groups, out]."""
+class NibblesLayout(IntegerLayout):
+    """4-bit integers, eight to a word."""
 
     signed: bool = False
     reordered: bool = True
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return (-8, 7) if self.signed else (0, 15)
+
+    def _unpacked(self, words: Tensor, name: str, count: int) -> Tensor:
+        """uint8 codes [rows, count] of int32 words [rows, count / 8]."""
+        codes = unpacked_codes(read_codes(words, 4, count, name))
+        return codes.unflatten(-1, (-1, 8))[..., NIBBLE_OF].flatten(-2) if self.reordered else codes
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """Inverse of `_unpacked`."""
+        codes = codes.unflatten(-1, (-1, 8))[..., ORDER].flatten(-2) if self.reordered else codes
+        return write_codes(packed_codes(codes, 4, codes.shape[1]))
+
+
+@dataclass(frozen=True)
+class WordsLayout(NibblesLayout):
+    """4-bit integers in groups of inputs, eight outputs to a word. `turned`: scales lie [groups, out]."""
+
     group_size: int = 128
     turned: bool = True
 
@@ -140,9 +203,7 @@ class WordsLayout(QuarkLayout):
         rows = self.shape[0]
         if words.device.type == "meta":
             return Codes(meta("uint8", rows, packing.row_bytes(count, 4)), 4, count, self.signed)
-        codes = unpacked_codes(read_codes(words, 4, rows, name))
-        codes = codes.unflatten(-1, (-1, 8))[..., NIBBLE_OF].flatten(-2) if self.reordered else codes
-        found = packed_codes(codes.T, 4, count)
+        found = packed_codes(self._unpacked(words, name, rows).T, 4, count)
         return Codes(found.packed, 4, count, self.signed)
 
     def write(self, weight: Weight) -> dict[str, Tensor]:
@@ -154,9 +215,82 @@ class WordsLayout(QuarkLayout):
         return found
 
     def _words(self, codes: Codes) -> Tensor:
-        stored = unpacked_codes(codes).T
-        stored = stored.unflatten(-1, (-1, 8))[..., ORDER].flatten(-2) if self.reordered else stored
-        return write_codes(packed_codes(stored, 4, stored.shape[1]))
+        return self._packed(unpacked_codes(codes).T)
+
+
+@dataclass(frozen=True)
+class RowWordsLayout(NibblesLayout):
+    """4-bit integers with one scale for each output or for the matrix: eight inputs to a word, nothing turned.
+
+    Zero points: int32 [out / 8], packed likewise; one for the matrix is a number of its own.
+    """
+
+    def weight_spec(self) -> tuple[str, tuple[int, ...]]:
+        return "int32", (self.shape[0], self.shape[1] // 8)
+
+    def read(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Node, dict[str, Tensor]]:
+        assert zero is not None
+        rows, columns = self.shape
+        if weight.device.type == "meta":
+            codes = meta("uint8", rows, packing.row_bytes(columns, 4))
+            zeros: Node = Codes(meta("uint8", rows, 1), 4, 1, self.signed) if zero.shape else Values(zero.reshape(1, 1))
+        else:
+            codes = packed_codes(self._unpacked(weight, "weight", columns), 4, columns).packed
+            if zero.shape:
+                found = self._unpacked(zero.reshape(1, -1), "weight_zero_point", rows)
+                zeros = Codes(packed_codes(found.T, 4, 1).packed, 4, 1, self.signed)
+            else:
+                low, high = self.code_range
+                if not low <= int(zero) <= high:
+                    raise CorruptFile(
+                        f"tensor 'weight_zero_point' is {int(zero)}, beyond {low} to {high}; get it again"
+                    )
+                zeros = Values(zero.reshape(1, 1))
+        return Grid(Codes(codes, 4, columns, self.signed), Values(scale.reshape(-1, 1)), zeros), {}
+
+    def write(self, weight: Weight) -> dict[str, Tensor]:
+        grid: Any = weight.tree
+        assert self.zero is not None
+        if self.zero[2]:
+            zero = self._packed(unpacked_codes(grid.zero).T)
+        else:
+            zero = grid.zero.tensor
+        return {
+            "weight": self._packed(unpacked_codes(grid.codes)),
+            self.scale[0]: grid.scale.tensor.reshape(self.scale[2]),
+            self.zero[0]: zero.reshape(self.zero[2]),
+        }
+
+
+@dataclass(frozen=True)
+class FloatLayout(ScaledFloatLayout):
+    """Small floats by Quark's rules. `mode`: how the exponent of a block's power of two is rounded."""
+
+    mode: str = "even"
+
+    def algorithm_options(self) -> dict[str, object]:
+        return {"rule": self.scales, "through": (self.dtype,), "quotient": "float32" if self._powers else self.dtype}
+
+    @property
+    def _powers(self) -> bool:
+        return self.scale_dtype == "uint8"
+
+    def scales(self, largest: Tensor) -> minifloat.Scales:
+        if not self._powers:
+            return self._plain_scales(largest)
+        _, exponent, even = MX_OF[self.levels]
+        found = minifloat.e8m0(largest, even if self.mode == "even" else self.mode).to(torch.int32) - exponent
+        if self.mode != "even":
+            found = found.masked_fill(largest == 0, 127 - 23)  # an empty block has the smallest scale
+        return minifloat.Scales(minifloat.e8m0_numbers(found.clamp_(0, 254).to(torch.uint8)))
+
+    def _plain_scales(self, largest: Tensor) -> minifloat.Scales:
+        """The largest magnitude on the largest number. Quark divides in the weight's dtype, as the scale is in it."""
+        dtype = getattr(torch, self.dtype)
+        stored = getattr(torch, self.scale_dtype)
+        scale = (largest / minifloat.FORMATS[self.levels][2]).to(stored)
+        scale = scale.masked_fill(scale == 0, SMALLEST)
+        return minifloat.Scales(scale.to(torch.float32), divisor=scale.to(dtype).to(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -199,7 +333,7 @@ def _mx(x: Tensor, weight: Weight, bias: Tensor | None, product: Product, *, dty
 
 
 for _dtype in MX:
-    for _mode in ("even", "floor", "ceil"):
+    for _mode in MODES:
         activation_rule(f"quark_{_dtype}_{_mode}")(partial(_mx, dtype=_dtype, mode=_mode))
 
 
@@ -292,7 +426,7 @@ def inputs_of(module: ModuleInfo, spec: Mapping[str, Any] | None, stored: Mappin
         return Inputs("e4m3_token")
     if dynamic and dtype in MX and spec.get("scale_format") == "e8m0":
         mode = spec.get("scale_calculation_mode") or "even"
-        if mode in ("even", "floor", "ceil"):
+        if mode in MODES:
             levels = MX[str(dtype)][0]
             return Inputs(f"quark_{dtype}_{mode}", levels, "group", int(spec.get("group_size") or 32))
     if not dynamic and not static:
@@ -313,6 +447,12 @@ def _one_number(module: ModuleInfo, name: str, stored: Mapping[str, Any]) -> Spe
     if tuple(info.shape) not in ((), (1,)):
         raise ShapeMismatch(f"tensor {info.name!r} has shape {tuple(info.shape)}; inputs have one scale")
     return name, info.dtype, tuple(info.shape)
+
+
+def is_symmetric(spec: Mapping[str, Any]) -> bool:
+    """Whether zero is the middle code; integers with a sign are so unless the configuration says otherwise."""
+    named = spec.get("symmetric")
+    return str(spec.get("dtype")).startswith("int") if named is None else bool(named)
 
 
 # --- which layout ---------------------------------------------------------------------------------------------------
@@ -340,34 +480,45 @@ def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> 
     inputs = inputs_of(module, quantizer.spec_of(module.name, "input_tensors"), stored)
     shape = tuple(scale.shape)
     own: Spec = ("weight_scale", scale.dtype, shape)
+    symmetric = is_symmetric(spec)
     common: dict[str, Any] = {"scale": own, "inputs": inputs}
     rows, columns = module.shape
     per_tensor, per_row = shape in ((), (1,)), shape == (rows,)
     if weight.dtype == "float8_e4m3fn" and (per_tensor or per_row) and scale.dtype in FLOATS:
-        return ScaledFloatLayout(
+        return FloatLayout(
             module.shape, module.dtype, block=(1, 0) if per_row and rows > 1 else (0, 0), scale_dtype=scale.dtype,
             scale_form="scalar" if shape == () else "flat", inputs=inputs,
         )  # fmt: skip
     if weight.dtype in ("int8", "uint8") and (per_tensor or per_row) and scale.dtype in FLOATS:
         return BytesLayout(
             module.shape, module.dtype, element=weight.dtype,
-            zero=("weight_zero_point", weight.dtype, shape), **common,
+            zero=("weight_zero_point", weight.dtype, shape), symmetric=symmetric, **common,
         )  # fmt: skip
-    if weight.dtype == "int32" and rows % 8 == 0 and spec.get("dtype") in ("int4", "uint4"):
+    nibbles = weight.dtype == "int32" and spec.get("dtype") in ("int4", "uint4")
+    common_nibbles = {
+        "signed": spec.get("dtype") == "int4", "reordered": quantizer.pack_method == "reorder", "symmetric": symmetric,
+    }  # fmt: skip
+    if nibbles and (per_tensor or per_row) and columns % 8 == 0 and spec.get("qscheme") != "per_group":
+        return RowWordsLayout(
+            module.shape, module.dtype,
+            zero=("weight_zero_point", "int32", (rows // 8,) if per_row else shape), **common_nibbles, **common,
+        )  # fmt: skip
+    if nibbles and rows % 8 == 0:
         size = int(spec.get("group_size") or columns)
         wanted = (-(-columns // size), rows)
         turned = not quantizer.quantization_config.legacy
         common["scale"] = ("weight_scale", scale.dtype, wanted if turned else wanted[::-1])
         return WordsLayout(
-            module.shape, module.dtype, signed=spec["dtype"] == "int4", reordered=quantizer.pack_method == "reorder",
-            group_size=size, turned=turned, zero=("weight_zero_point", "int32", (wanted[0], rows // 8)), **common,
+            module.shape, module.dtype, group_size=size, turned=turned,
+            zero=("weight_zero_point", "int32", (wanted[0], rows // 8)), **common_nibbles, **common,
         )  # fmt: skip
     if weight.dtype == "uint8" and scale.dtype == "uint8" and len(shape) == 2 and shape[0] == rows and shape[1]:
         dtype = str(spec.get("dtype"))
         if dtype in MX:
-            return ScaledFloatLayout(
+            return FloatLayout(
                 module.shape, module.dtype, levels=MX[dtype][0], block=(1, int(spec.get("group_size") or 32)),
                 weight_dtype="uint8", scale_dtype="uint8", inputs=inputs,
+                mode=str(spec.get("scale_calculation_mode") or "even"),
             )  # fmt: skip
     if weight.dtype in FLOATS and quantizer.weight_format == "fake_quantized":
         zero = stored.get("weight_zero_point")

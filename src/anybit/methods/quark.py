@@ -7,8 +7,9 @@ weight_zero_point, input_scale, output_scale, bias; a second level ends in _2. F
 
 from __future__ import annotations
 
+import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,10 +22,60 @@ from anybit.quantizers.options import check_names, check_objects, check_type, re
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
+    from anybit.methods import _quark_creation as creation
     from anybit.methods import _quark_layouts as layouts
     from anybit.weight import Layout, ModuleInfo
 else:
+    creation = LazyModule("anybit.methods._quark_creation")
     layouts = LazyModule("anybit.methods._quark_layouts")
+
+EXPORT = {
+    "weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0,
+    "weight_merge_groups": None,
+}  # fmt: skip
+WRITTEN_VERSION = "0.13"  # of Quark, whose files ours are like
+
+
+def specification(dtype: str, qscheme: str, **settings: Any) -> dict[str, Any]:
+    """What a configuration of Quark says of one kind of tensor, with every key that its reader wants."""
+    plain = {
+        "block_size": None, "ch_axis": None, "dtype": dtype, "enable_buffer_reuse": False, "group_size": None,
+        "is_dynamic": False, "is_scale_quant": False, "max_input_numel": 4194304, "mx_element_dtype": None,
+        "observer_cls": OBSERVERS[qscheme], "qscheme": qscheme, "round_method": "half_even",
+        "scale_calculation_mode": None, "scale_format": None, "scale_type": "float", "symmetric": True,
+        "zero_point_type": "int32",
+    }  # fmt: skip
+    return {**plain, **settings}
+
+
+OBSERVERS = {
+    "per_tensor": "PerTensorMinMaxObserver",
+    "per_channel": "PerChannelMinMaxObserver",
+    "per_group": "PerGroupMinMaxObserver",
+}
+
+
+def _scheme(weight: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Options of a configuration that treats all linear layers alike."""
+    parts = {"weight": weight, "input_tensors": inputs, "output_tensors": None, "bias": None, "target_device": None}
+    return {"global_quant_config": parts}
+
+
+def _mx(dtype: str) -> dict[str, Any]:
+    settings = {
+        "ch_axis": -1, "group_size": 32, "scale_format": "e8m0", "scale_calculation_mode": "even", "symmetric": None,
+        "observer_cls": "PerBlockMXObserver",
+    }  # fmt: skip
+    weight = specification(dtype, "per_group", **settings)
+    return _scheme(weight, {**weight, "is_dynamic": True})
+
+
+def _fp8(qscheme: str, inputs: str) -> dict[str, Any]:
+    axis = {"per_channel": 0, "per_tensor": None}
+    return _scheme(
+        specification("fp8_e4m3", qscheme, ch_axis=axis[qscheme]),
+        specification("fp8_e4m3", inputs, ch_axis=1 if inputs == "per_channel" else None, is_dynamic=True),
+    )
 
 
 @register_quantization_config("quark")
@@ -55,6 +106,17 @@ class QuarkConfig(QuantizationConfigMixin):
 
     method: ClassVar[str] = "quark"
     claims: ClassVar[tuple[str, ...]] = ("export",)
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "quark-int4-g128": _scheme(specification("int4", "per_group", ch_axis=-1, group_size=128)),
+        "quark-uint4-g128": _scheme(specification("uint4", "per_group", ch_axis=-1, group_size=128, symmetric=False)),
+        "quark-uint4-g32": _scheme(specification("uint4", "per_group", ch_axis=-1, group_size=32, symmetric=False)),
+        "quark-int8": _scheme(specification("int8", "per_channel", ch_axis=0)),
+        "quark-fp8": _fp8("per_tensor", "per_tensor"),
+        "quark-fp8-ptpc": _fp8("per_channel", "per_channel"),
+        "quark-mxfp4": _mx("fp4"),
+        "quark-mxfp6-e3m2": _mx("fp6_e3m2"),
+        "quark-mxfp6-e2m3": _mx("fp6_e2m3"),
+    }
     optional: ClassVar[tuple[str, ...]] = (
         "version", "quant_mode", "global_quant_config", "layer_quant_config", "layer_type_quant_config", "exclude", "algo_config",
         "softmax_quant_spec", "kv_cache_quant_config", "kv_cache_post_rope", "export", "activation_scheme", "ignored_layers",
@@ -93,8 +155,19 @@ class QuarkConfig(QuantizationConfigMixin):
 class QuarkHfQuantizer(HfQuantizer):
     """Quark's layouts. Patterns of modules are those of a shell, the first that matches counts."""
 
-    requires_calibration = True
     layouts_available = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
+        # what is found out about a model is written into the configuration, and the caller's may be used for another one
+        own = quantization_config if pre_quantized else copy.deepcopy(quantization_config)
+        super().__init__(own, pre_quantized=pre_quantized, **kwargs)
+        if pre_quantized:
+            return
+        config = self.quantization_config
+        creation.refuse(config)
+        config.export = {**EXPORT, **(config.export or {})}
+        if config.custom_mode == "quark":
+            config.version, config.quant_mode = WRITTEN_VERSION, config.quant_mode or "eager_mode"
 
     @property
     def pack_method(self) -> str:
@@ -130,6 +203,42 @@ class QuarkHfQuantizer(HfQuantizer):
             return None
         scheme = {"weight": "static", "input_tensors": config.activation_scheme}.get(part)
         return {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": scheme == "dynamic"} if scheme else None
+
+    # --- creating ---
+
+    @property
+    def _excluding(self) -> str:
+        """The option that names what stays dense."""
+        return "ignored_layers" if self.quantization_config.custom_mode == "fp8" else "exclude"
+
+    def skipped_modules(self) -> Sequence[str] | None:
+        # its patterns are not those of other methods
+        return None if getattr(self.quantization_config, self._excluding) is None else []
+
+    def begin(self, model: Any, slots: Sequence[Any]) -> None:
+        super().begin(model, slots)
+        if self.pre_quantized:
+            return
+        config = self.quantization_config
+        if getattr(config, self._excluding) is None:
+            setattr(config, self._excluding, list(self.modules_to_not_convert))
+
+    def layout_for(self, module: ModuleInfo) -> Layout | None:
+        config = self.quantization_config
+        pattern = _first(module.name, getattr(config, self._excluding) or ())
+        if pattern is not None:
+            self.skip_reasons.setdefault(module.name, f"{pattern!r} is among the modules to exclude")
+        if not self.should_convert(module):
+            return None
+        found = creation.layout_for(self, module)
+        if not isinstance(found, str):
+            return found
+        self.skip_reasons[module.name] = found
+        if module.kind == "linear" and self.spec_of(module.name, "weight") is not None:
+            setattr(config, self._excluding, [*(getattr(config, self._excluding) or ()), module.name])
+        return None
+
+    # --- reading ---
 
     def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
         if self.quantization_config.kv_cache_post_rope:
