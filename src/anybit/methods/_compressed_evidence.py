@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from anybit.errors import ConfigError, MissingTensor, NotRepresentable, ShapeMismatch
@@ -36,6 +37,8 @@ class Stored:
     def layout(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         """The layout of stored tensors; None for a dense weight whose input is not quantized either."""
         scheme = self._scheme(module, stored)
+        if scheme is not None and scheme.weights is not None and scheme.weights.widths:
+            scheme = self._with_bits(module, stored, scheme, scheme.weights)
         if "weight_g_idx" in stored:
             return self._layout(module, stored, scheme, peek)
         forms = tuple((name, info.dtype, info.shape) for name, info in stored.items())
@@ -65,6 +68,25 @@ class Stored:
             return None
         self.decide("no target names it, but it is stored packed, and is read as all groups say", module.name)
         return next(iter(self.matcher.schemes.values()))
+
+    def _with_bits(self, module: ModuleInfo, stored: Mapping[str, Any], scheme: Scheme, args: Arguments) -> Scheme:
+        """The scheme with the one number of bits, of those the configuration mentions, that the stored codes can have."""
+        names = ("weight_packed", "weight", "compressed")
+        codes = next((stored[name] for name in names if name in stored), None)
+        if codes is None or (len(stored) == 1 and codes.dtype in FLOATS):
+            return scheme  # dense, or damaged: said where codes are read
+        found = [bits for bits in args.widths if _could_have(codes, bits, module.shape, "meta" in stored)]
+        if len(found) != 1:
+            raise ConfigError(
+                f"{module.name}: num_bits of config_groups[{scheme.name!r}] is a map with {', '.join(map(str, args.widths))}; "
+                f"tensor {codes.name!r} in {codes.file}, {codes.dtype} {tuple(codes.shape)} for a weight {module.shape}, "
+                f"{'could have ' + ' or '.join(map(str, found)) if found else 'has none of these'}. Give each number of bits a "
+                "group of its own, whose targets name its modules"
+            )
+        self.decide(
+            f"num_bits of config_groups[{scheme.name!r}] is a map; the stored codes have {found[0]} bits", module.name
+        )
+        return replace(scheme, weights=replace(args, bits=found[0], widths=()))
 
     def _layout(
         self, module: ModuleInfo, stored: Mapping[str, Any], scheme: Scheme | None, peek: Callable[[str], Any]
@@ -306,6 +328,21 @@ def version_of(text: str | None) -> tuple[int, int]:
     """(major, minor) of the compressed-tensors that wrote a file; (0, 0) when it does not say."""
     parts = (text or "").split(".")
     return (int(parts[0]), int(parts[1])) if len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() else (0, 0)
+
+
+def _could_have(codes: Any, bits: int, shape: tuple[int, ...], marlin: bool) -> bool:
+    """Whether stored codes can have that many bits, by their dtype and by how many words a row has."""
+    rows, columns = shape[-2:]
+    last = codes.shape[-1] if codes.shape else 0
+    if codes.dtype == "int32" and marlin:
+        return bool(2 * last == rows * bits)
+    if codes.dtype == "int32":
+        return last in (words_of(columns, bits, True), words_of(columns, bits, False))
+    if codes.dtype == "uint8":
+        return bool(8 * last == columns * bits)
+    if codes.dtype == "float8_e4m3fn":
+        return bits == 8
+    return bits <= {"int8": 8, "int16": 16}.get(codes.dtype, 16)
 
 
 def _one_number(info: Any) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")
 PARAMETERS = re.compile(r"(.+)\.((?:q|k|v|output)_(?:scale|zero_point|global_scale))")
+CACHE_SCALE = re.compile(r"\.(?:[kv]_scale|[kv]_proj\.output_scale)$")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 

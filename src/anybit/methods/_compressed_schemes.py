@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anybit.errors import CalibrationNeeded
+from anybit.errors import CalibrationNeeded, InvalidOption
 from anybit.quantizers.matching import SafePattern, compiled
 
 # name of the levels: (type, bits), as the configuration has them
@@ -25,7 +25,8 @@ class Arguments:
     """Quantization of one tensor. `block`: rows and columns that share a scale, 0 for a whole axis.
 
     `dynamic`: "no", "yes", or "local" (scales of groups found at run time under a stored scale of scales). `indexed`: columns
-    were reordered before they were grouped (actorder "group"), so that weight_g_idx must tell their groups.
+    were reordered before they were grouped (actorder "group"), so that weight_g_idx must tell their groups. `widths`: what
+    `bits` may be where the configuration has a map of them and the stored codes must tell; `bits` is the widest until then.
     """
 
     bits: int = 8
@@ -36,6 +37,7 @@ class Arguments:
     dynamic: str = "no"
     scale_dtype: str | None = None
     indexed: bool = False
+    widths: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
@@ -51,12 +53,13 @@ class Arguments:
             "block": tuple(given.get("block_structure") or (0, 0)),
         }[strategy]
         dynamic = given["dynamic"]
-        scale_dtype = given.get("scale_dtype")
+        scale_dtype, bits = given.get("scale_dtype"), given["num_bits"]
+        widths = widths_in(bits)
         return cls(
-            given["num_bits"], given["type"], bool(given["symmetric"]), strategy, block,
+            max(widths) if widths else bits, given["type"], bool(given["symmetric"]), strategy, block,
             "local" if str(getattr(dynamic, "value", dynamic)).lower() == "local" else "yes" if dynamic else "no",
             str(scale_dtype).removeprefix("torch.") if scale_dtype is not None else None,
-            str(given.get("actorder")).lower() in ("group", "dynamic", "true"),
+            str(given.get("actorder")).lower() in ("group", "dynamic", "true"), widths,
         )  # fmt: skip
 
     @property
@@ -74,11 +77,21 @@ class Arguments:
         return self.type == "float" and self.group_size == 32 and self.scale_dtype == "uint8"
 
     def __str__(self) -> str:
-        what = f"{self.bits}-bit {self.type}"
+        what = f"{' or '.join(map(str, self.widths or (self.bits,)))}-bit {self.type}"
         return f"{'' if self.symmetric else 'asymmetric '}{what}, strategy {self.strategy}{self._where()}"
 
     def _where(self) -> str:
         return f" {self.block[0]} x {self.block[1]}" if all(self.block) else ""
+
+
+def widths_in(bits: Any) -> tuple[int, ...]:
+    """Numbers of bits that a map mentions, at any depth, in order; none for anything that is no map."""
+    if not isinstance(bits, Mapping):
+        return ()
+    found: set[int] = set()
+    for value in bits.values():
+        found.update([value] if type(value) is int and 1 <= value <= 16 else widths_in(value))
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,12 @@ WRITTEN_VERSION = "0.20.0"
 
 def refuse_calibration(config: Any, matcher: Matcher) -> None:
     """CalibrationNeeded for static scales of inputs, outputs, keys and values: they are measured, not worked out."""
+    maps = [name for name, scheme in matcher.schemes.items() if scheme.weights is not None and scheme.weights.widths]
+    if maps:
+        raise InvalidOption(
+            f"CompressedTensorsConfig: config_groups[{maps[0]!r}].weights.num_bits is a map, and which module has which bits is "
+            "told by stored codes alone. To quantize, make one group for each number of bits, whose targets name its modules"
+        )
     measured = [
         f"config_groups[{scheme.name!r}].{part}"
         for scheme in matcher.schemes.values()
@@ -193,7 +212,7 @@ def refuse_calibration(config: Any, matcher: Matcher) -> None:
         if args is not None and args.dynamic != "yes"
     ]
     cache = config.kv_cache_scheme
-    if cache is not None and Arguments.of(cache).dynamic != "yes":
+    if isinstance(cache, str) or (cache is not None and Arguments.of(cache).dynamic != "yes"):
         measured.append("kv_cache_scheme")
     measured += [
         f"config_groups[{name!r}].weights (actorder 'group')"

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit.errors import InvalidOption, NotRepresentable, did_you_mean
-from anybit.methods._compressed_schemes import Arguments, Matcher, classes_of, complete, refuse_calibration
+from anybit.methods._compressed_schemes import (
+    Arguments,
+    Matcher,
+    classes_of,
+    complete,
+    refuse_calibration,
+    widths_in,
+)
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin, difference
 from anybit.quantizers.options import check_flags, check_names, check_objects, check_type, listed
@@ -100,7 +107,7 @@ class CompressedTensorsConfig(_KeepsFile):
     config_groups: dict[str, Any] | None = None
     format: str = "dense"
     quantization_status: str = "initialized"
-    kv_cache_scheme: dict[str, Any] | None = None
+    kv_cache_scheme: dict[str, Any] | str | None = None
     global_compression_ratio: float | None = None
     ignore: list[str] | None = None
     quant_method: str = "compressed-tensors"
@@ -128,14 +135,13 @@ class CompressedTensorsConfig(_KeepsFile):
         super().__post_init__()
 
     def post_init(self) -> None:
-        check_objects(
-            self, "config_groups", "kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"
-        )
+        check_objects(self, "config_groups", "sparsity_config", "transform_config", "moe_sparsity_config")
+        check_type(self, "kv_cache_scheme", dict, str, None)
         check_type(self, "format", str)
         check_flags(self, "dequantize", "use_optimized_inference")
         check_names(self, "ignore")
         self.config_groups = {name: completed_scheme(name, group) for name, group in (self.config_groups or {}).items()}
-        if self.kv_cache_scheme is not None:
+        if isinstance(self.kv_cache_scheme, dict):
             self.kv_cache_scheme = completed_arguments("kv_cache_scheme", self.kv_cache_scheme)
 
     @property
@@ -201,7 +207,7 @@ class CompressedTensorsConfig(_KeepsFile):
             if name in written and completed_scheme(name, written[name]) == group:
                 own["config_groups"][name] = copy.deepcopy(written[name])
         cache = file.get("kv_cache_scheme")
-        if cache is not None and completed_arguments("kv_cache_scheme", cache) == self.kv_cache_scheme:
+        if isinstance(cache, dict) and completed_arguments("kv_cache_scheme", cache) == self.kv_cache_scheme:
             own["kv_cache_scheme"] = copy.deepcopy(cache)
         return {name: value for name, value in own.items() if name not in self.loading_attributes}
 
@@ -230,7 +236,11 @@ def completed_scheme(name: str, group: Any) -> dict[str, Any]:
 
 
 def completed_arguments(where: str, given: Any) -> dict[str, Any]:
-    """Bits, type, strategy and so on of one tensor, completed with the defaults."""
+    """Bits, type, strategy and so on of one tensor, completed with the defaults.
+
+    The bits of weights may be a map: the stored codes tell which of its numbers is meant. Nothing stored tells those of states.
+    """
+    stored = where.endswith(".weights")
     if not isinstance(given, dict):
         raise InvalidOption(
             f"CompressedTensorsConfig: {where} is {given!r}; it must be an object such as {{'num_bits': 8}}"
@@ -255,8 +265,9 @@ def completed_arguments(where: str, given: Any) -> dict[str, Any]:
     grouped = args["strategy"] in ("group", "tensor_group")
     wrong = {
         "num_bits": (
-            type(args["num_bits"]) is int and 1 <= args["num_bits"] <= 16,
-            "it must be a whole number from 1 to 16",
+            (type(args["num_bits"]) is int and 1 <= args["num_bits"] <= 16)
+            or (stored and bool(widths_in(args["num_bits"]))),
+            f"it must be a whole number from 1 to 16{', or a map that names some' if stored else ''}",
         ),
         "type": (args["type"] in ("int", "float"), "it must be 'int' or 'float'"),
         "strategy": (args["strategy"] in STRATEGIES, f"it must be {listed(STRATEGIES)}"),
@@ -303,17 +314,33 @@ class CompressedTensorsHfQuantizer(HfQuantizer):
         from anybit.methods._compressed_runtime import Runtime
 
         config = self.quantization_config
-        cache = Arguments.of(config.kv_cache_scheme) if config.kv_cache_scheme is not None else None
-        runtime = Runtime(self.matcher, cache, config.transform_config)
+        self.decisions = {}
+        runtime = Runtime(self.matcher, self._cache(checkpoint), config.transform_config)
         runtime.attach(model, checkpoint, path_of)
         self.attached, self.folds = runtime.keys, runtime.rotations.folds
         self.rotations = runtime.rotations
 
     rotations: Any = None
 
+    def _cache(self, checkpoint: Any) -> Arguments | None:
+        """How keys and values are quantized. Where the configuration has only a word for it, the stored scales tell."""
+        from anybit.methods._cache_scales import cache_algo
+        from anybit.methods._compressed_runtime import CACHE_SCALE
+
+        scheme = self.quantization_config.kv_cache_scheme
+        if not isinstance(scheme, str):
+            return None if scheme is None else Arguments.of(scheme)
+        scales = [info for name, info in checkpoint.tensors.items() if CACHE_SCALE.search(name)]
+        if cache_algo(None, scheme) != "FP8" or not scales:
+            why = "its scales are kept and not used" if scales else "no scale of it is stored, and it is not rounded"
+            self.decide(f"keys and values: the configuration's kv_cache_scheme is {scheme!r}; {why}", "the cache")
+            return None
+        strategy = "attn_head" if any(len(info.shape) == 3 for info in scales) else "tensor"
+        return Arguments(bits=8, type="float", strategy=strategy, block=(1, 0) if strategy == "attn_head" else (0, 0))
+
     def begin(self, model: Any, slots: Sequence[Any]) -> None:
         self.modules_to_not_convert = list(self.quantization_config.ignore or ())
-        self.skip_reasons, self.decisions = {}, {}
+        self.skip_reasons = {}
         if self.pre_quantized:
             return
         for slot in slots:

@@ -35,16 +35,36 @@ FILE = "hf_quant_config.json"
 MIXED = "MIXED_PRECISION"
 
 
+class _KeepsSpelling(QuantizationConfigMixin):
+    """Remembers, beside the options, which of them a file calls by an older name: they are written back under it."""
+
+    __slots__ = ("_spelled",)
+    _spelled: Mapping[str, str]
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        found = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        config, file = found[0] if return_unused_kwargs else found, cls.modernize(dict(config_dict))
+        config._spelled = {new: old for old, new in cls.aliases.items() if old in file and file.get(new) is None}
+        for old in config._spelled.values():
+            config.extra_fields.pop(old, None)
+        return found
+
+    def own_dict(self) -> dict[str, Any]:
+        spelled = getattr(self, "_spelled", {})
+        return {spelled.get(name, name): value for name, value in super().own_dict().items()}
+
+
 @register_quantization_config("modelopt")
 @dataclass(eq=False, repr=False)
-class ModelOptConfig(QuantizationConfigMixin):
+class ModelOptConfig(_KeepsSpelling):
     """`quant_algo` names the format; "MIXED_PRECISION" has one for each module in `quantized_layers`."""
 
     quant_algo: str | None = None
     ignore: list[str] | None = None
     group_size: int | None = None
     kv_cache_quant_algo: str | None = None
-    kv_cache_scheme: dict[str, Any] | None = None
+    kv_cache_scheme: dict[str, Any] | str | None = None
     config_groups: dict[str, Any] | None = None
     quantized_layers: dict[str, dict[str, Any]] | None = None
     has_zero_point: bool | None = None
@@ -71,7 +91,8 @@ class ModelOptConfig(QuantizationConfigMixin):
         check_type(self, "quant_algo", str, None)
         if self.group_size is not None:
             check_group_size(self)
-        check_objects(self, "kv_cache_scheme", "config_groups", "quantized_layers", "producer")
+        check_type(self, "kv_cache_scheme", dict, str, None)
+        check_objects(self, "config_groups", "quantized_layers", "producer")
         check_names(self, "ignore")
 
     @property
@@ -98,9 +119,10 @@ class ModelOptConfig(QuantizationConfigMixin):
     def in_context(cls, config_dict: dict[str, Any], model_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if not (folder / FILE).is_file():
             return config_dict
+        ours = {cls.aliases.get(name, name) for name in cls.modernize(dict(config_dict))}
         beside = cls.modernize(read_json(folder / FILE))
-        named = {cls.aliases.get(name, name): value for name, value in beside.items() if value is not None}
-        return {**named, **config_dict}
+        missing = {name: value for name, value in beside.items() if cls.aliases.get(name, name) not in ours}
+        return {**{name: value for name, value in missing.items() if value is not None}, **config_dict}
 
 
 @register_quantizer("modelopt")
