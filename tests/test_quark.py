@@ -448,3 +448,65 @@ def test_files_of_the_fp8_mode_can_be_made() -> None:
     layout: Any = quantizer.layout_for(linear(16, 32))
     assert (layout.scale_form, layout.inputs.rule) == ("scalar", "quark_fp8_tensor")
     assert quantizer.layout_for(ModuleInfo("lm_head", "linear", (16, 32), "bfloat16")) is None
+
+
+# --- files that call themselves "awq" ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mistaken", [False, True])
+def test_files_that_call_themselves_awq_have_the_same_numbers(mistaken: bool, tmp_path: Path) -> None:
+    """Quark 0.13 under transformers 5.6 and later puts one more q before every name."""
+    names = ("global_quant_config", "layer_quant_config", "exclude", "kv_cache_quant_config")
+    changes = {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+    golden = GOLDEN / "uint4-g32-reorder"
+    folder = altered(tmp_path, golden.name, changes, names)
+    stored, tensors = load_file(golden / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        owner, _, own = name.rpartition(".")
+        if f"{owner}.weight_scale" in stored:
+            own = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}[own]
+            own = {"scales": "qscales", "qzeros": "qqzeros"}.get(own, own) if mistaken else own
+        elif mistaken:
+            own = own.replace("weight", "qweight")
+        tensors[f"{owner}.{own}"] = tensor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model: Any = anybit.load(folder, dtype=torch.float32)
+    ids = load_file(golden / "reference.safetensors")["input_ids"]
+    native_model: Any = anybit.load(golden, dtype=torch.float32)
+    assert torch.equal(model(ids).logits, native_model(ids).logits)
+    name = "model.layers.0.mlp.up_proj"
+    codes, zeros = nibbles(stored[f"{name}.weight"]), nibbles(stored[f"{name}.weight_zero_point"])
+    scales = stored[f"{name}.weight_scale"].float()
+    ours = model.model.layers[0].mlp.up_proj.dequantize(torch.float32)
+    for row in (0, 5, 255):
+        wanted = [(codes[i][row] - zeros[i // 32][row]) * scales[i // 32, row] for i in range(ours.shape[1])]
+        assert ours[row].tolist() == torch.stack(wanted).tolist()
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved[f"{name}.scales"], stored[f"{name}.weight_scale"])
+    assert torch.equal(saved[f"{name}.qweight"], stored[f"{name}.weight"])
+    assert torch.equal(saved["model.norm.weight"], stored["model.norm.weight"])
+
+
+def test_awq_tensors_that_contradict_the_configuration_are_refused() -> None:
+    stored = {"qweight": torch.zeros(64, 2, dtype=torch.int32), "scales": torch.ones(2, 16)}
+
+    def layout(**config: Any) -> Any:
+        quantizer = QuarkHfQuantizer(QuarkConfig(quant_method="awq", export={}, **config))
+        infos = {
+            name: TensorInfo(f"model.a.{name}", str(tensor.dtype)[6:], tuple(tensor.shape), tensor.nbytes, "f")
+            for name, tensor in stored.items()
+        }
+        return quantizer.layout_of(linear(16, 64), infos, lambda name: None)
+
+    with pytest.raises(MissingTensor, match="qzeros"):
+        layout(bits=4, group_size=32)
+    with pytest.raises(InvalidOption, match="bits is 3"):
+        layout(bits=3, group_size=32)
+    with pytest.raises(InvalidOption, match="group_size is 0"):
+        layout(bits=4, group_size=0)
+    stored["qzeros"] = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(ShapeMismatch, match="scales"):
+        layout(bits=4, group_size=64)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
+from anybit.containers.renamed import Renamed
 from anybit.errors import CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.methods._activations import TOP, finish, groups
+from anybit.methods._awq_layout import AwqGemmLayout
 from anybit.methods._kv_cache import straight
 from anybit.methods._scaled_floats import Inputs, ScaledFloatLayout, Spec, check_form, require_scale
 from anybit.methods._words import packed_codes, read_codes, require_finite, unpacked_codes, write_codes
 from anybit.quantizers.attachments import Attachment, attach_after
+from anybit.quantizers.bundle import Derived
 from anybit.weight import packing
 from anybit.weight.activation import Product, activation_rule
 from anybit.weight.layout import Layout, ModuleInfo, join_name, meta
@@ -447,6 +450,58 @@ def _one_number(module: ModuleInfo, name: str, stored: Mapping[str, Any]) -> Spe
     if tuple(info.shape) not in ((), (1,)):
         raise ShapeMismatch(f"tensor {info.name!r} has shape {tuple(info.shape)}; inputs have one scale")
     return name, info.dtype, tuple(info.shape)
+
+
+def awq_layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> Layout | None:
+    """The layout of a file that calls itself "awq": AutoAWQ's tensors, with scales in the model's dtype."""
+    if not {"qweight", "qzeros", "scales"} & set(stored) or module.kind != "linear":
+        return None
+    config = quantizer.quantization_config
+    rows, columns = module.shape
+    size = columns if config.group_size in (None, -1) else config.group_size
+    if config.bits not in (None, 4):
+        raise InvalidOption(f"QuarkConfig: bits is {config.bits!r}; Quark's AWQ files have 4")
+    if size < 1:
+        raise InvalidOption(f"QuarkConfig: group_size is {size}; it must be -1 or at least 1")
+    if rows % 8 or columns % size:
+        raise ShapeMismatch(
+            f"{module.name} is stored packed, but its shape {module.shape} is no whole number of words of 8 outputs and groups "
+            f"of {size} inputs; config.json and tensors contradict each other"
+        )
+    scales = stored.get("scales")
+    layout = AwqGemmLayout(
+        module.shape, module.dtype, 4, size, scale_dtype=scales.dtype if scales is not None else module.dtype,
+        symmetric=config.zero_point is False, interleaved=quantizer.pack_method == "reorder",
+    )  # fmt: skip
+    for name, (dtype, shape) in layout.specs().items():
+        if name not in stored:
+            raise MissingTensor(f"tensor {join_name(module.name, name)!r} is not stored; {module.name} needs it")
+        if (stored[name].dtype, tuple(stored[name].shape)) != (dtype, shape):
+            raise ShapeMismatch(
+                f"tensor {stored[name].name!r} is {stored[name].dtype} {tuple(stored[name].shape)}; AWQ's form of a weight "
+                f"{module.shape} in groups of {size} has {dtype} {shape}"
+            )
+    if layout.scale_dtype not in FLOATS:
+        raise ShapeMismatch(f"tensor {join_name(module.name, 'scales')!r} is {layout.scale_dtype}; scales are floats")
+    return layout
+
+
+def mended_names(checkpoint: Any) -> Any:
+    """The checkpoint without a mistake of Quark 0.13 under transformers 5.6 and later.
+
+    Its AWQ files have `qscales` and `qqzeros`, and every other `weight` is called `qweight` too.
+    """
+    packed = {name.removesuffix("qscales") for name in checkpoint.tensors if name.endswith(".qscales")}
+    if not packed:
+        return checkpoint
+    derived = {}
+    for name, info in checkpoint.tensors.items():
+        owner, dot, own = name.rpartition(".")
+        meant = {"qscales": "scales", "qqzeros": "qzeros"}.get(own, own)
+        if own == "qweight" and f"{owner}{dot}" not in packed:
+            meant = "weight"
+        derived[f"{owner}{dot}{meant}"] = Derived((name,), info.dtype, tuple(info.shape))
+    return Renamed(checkpoint, derived)
 
 
 def is_symmetric(spec: Mapping[str, Any]) -> bool:

@@ -240,6 +240,9 @@ class QuarkHfQuantizer(HfQuantizer):
 
     # --- reading ---
 
+    def spelled_out(self, checkpoint: Any) -> Any:
+        return layouts.mended_names(checkpoint) if self.quantization_config.custom_mode == "awq" else checkpoint
+
     def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
         if self.quantization_config.kv_cache_post_rope:
             raise refuse(
@@ -250,6 +253,8 @@ class QuarkHfQuantizer(HfQuantizer):
         )
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
+        if self.quantization_config.custom_mode == "awq":
+            return layouts.awq_layout_of(self, module, stored)
         outputs = self.spec_of(module.name, "output_tensors")
         if outputs is not None and outputs.get("is_dynamic"):
             raise InvalidOption(
