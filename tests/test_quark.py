@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit import algorithms
 from anybit.containers.info import TensorInfo
-from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, MissingTensor, ShapeMismatch
+from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.kernels.reference import multiply
 from anybit.methods import _quark_layouts as layouts
 from anybit.methods.quark import QuarkConfig, QuarkHfQuantizer, specification
@@ -77,6 +77,28 @@ def test_words_of_either_order_and_sign(dtype: str, method: str, legacy: bool) -
     layout = read(stored, (24, 64), **config)
     wanted = ((codes - zeros.repeat_interleave(32, 0)) * scales.repeat_interleave(32, 0)).T
     assert torch.equal(layout.decode(stored).to_dense(torch.float32), wanted)
+    assert_same(layout.encode(layout.decode(stored)), stored)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_bytes_in_groups_lie_the_other_way_round(dtype: str, legacy: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    element, low = getattr(torch, dtype), -128 if dtype == "int8" else 0
+    codes = torch.randint(low, low + 256, (64, 12), generator=generator)  # [in, out]
+    zeros = torch.randint(low, low + 256, (2, 12), generator=generator)
+    scales = torch.rand(2, 12, generator=generator)
+    stored = {
+        "weight": codes.to(element),
+        "weight_scale": scales.T.contiguous() if legacy else scales,
+        "weight_zero_point": zeros.to(element),
+    }
+    config = native({"dtype": dtype, "qscheme": "per_group", "group_size": 32})
+    layout = read(stored, (12, 64), **({**config, "export": None} if legacy else config))
+    dense = layout.decode(stored).to_dense(torch.float32)
+    for row in range(12):
+        wanted = [float(codes[i, row] - zeros[i // 32, row]) * scales[i // 32, row] for i in range(64)]
+        assert dense[row].tolist() == [float(number) for number in wanted]
     assert_same(layout.encode(layout.decode(stored)), stored)
 
 
@@ -277,10 +299,10 @@ def nibbles(words_: torch.Tensor) -> list[list[int]]:
 
 INTEGERS = [
     (dtype, scheme, symmetric)
-    for dtype in ("int4", "uint4", "int8", "uint8")
+    for dtype in ("int4", "uint4", "int8", "uint8", "uint2")
     for scheme in ("per_tensor", "per_channel", "per_group")
     for symmetric in (True, False)
-    if not (symmetric and dtype.startswith("u")) and not (dtype.endswith("8") and scheme == "per_group")
+    if not (symmetric and dtype.startswith("u")) and not (dtype == "uint2" and scheme != "per_group")
 ]
 
 
@@ -321,6 +343,13 @@ def test_integers_are_those_of_the_observers(
                 assert packed == [int(code) & 15 for code in codes]
                 assert nibbles(stored["weight_zero_point"])[start // 32][row] == zero & 15
                 assert stored["weight_scale"][start // 32, row] == scale
+            elif scheme == "per_group" and bits == 8:
+                assert stored["weight"][start : start + across, row].tolist() == codes.tolist()
+                assert stored["weight_zero_point"][start // 32, row] == zero
+            elif bits == 2:
+                for place, code in enumerate(codes.tolist()):
+                    assert (int(stored["weight"][start + place, row // 4]) >> (6 - 2 * (row % 4))) & 3 == code
+                assert (int(stored["weight_zero_point"][start // 32, row // 4]) >> (6 - 2 * (row % 4))) & 3 == zero
             elif bits == 4:
                 assert nibbles(stored["weight"])[row] == [int(code) & 15 for code in codes]
             else:
@@ -330,19 +359,31 @@ def test_integers_are_those_of_the_observers(
 
 @pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scheme", ["per_tensor", "per_channel"])
-def test_fp8_codes_are_quotients_in_the_weights_dtype(scheme: str, model_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "top", "element"),
+    [("fp8_e4m3", 448, torch.float8_e4m3fn), ("fp8_e5m2", 57344, torch.float8_e5m2)],
+)
+def test_fp8_codes_are_quotients_in_the_weights_dtype(
+    dtype: str, top: int, element: torch.dtype, scheme: str, model_dtype: torch.dtype
+) -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(5)).to(model_dtype)
     weight[3] = 0.0
-    layout, stored = made(weight, specification("fp8_e4m3", scheme, ch_axis=0))
+    layout, stored = made(weight, specification(dtype, scheme, ch_axis=0))
     if scheme == "per_tensor":
-        scale = weight.abs().amax() / 448
+        scale = weight.abs().amax() / top
     else:
-        scale = weight.abs().amax(1) / 448
+        scale = weight.abs().amax(1) / top
         scale[3] = 2.0**-23
     assert torch.equal(stored["weight_scale"], scale)
-    wanted = (weight / scale.reshape(-1, 1)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    wanted = (weight / scale.reshape(-1, 1)).clamp(-top, top).to(element)
     assert torch.equal(stored["weight"].view(torch.uint8), wanted.view(torch.uint8))
     assert layout.inputs is None
+    values = stored["weight"].float() * scale.float().reshape(-1, 1)
+    assert torch.equal(layout.decode(stored).to_dense(torch.float32), values)
+    damaged = stored["weight"].clone()
+    damaged.view(torch.uint8)[1, 2] = 0x7F
+    with pytest.raises(CorruptFile, match="weight"):
+        layout.decode({**stored, "weight": damaged})
 
 
 @pytest.mark.parametrize("mode", ["even", "floor", "ceil"])
@@ -426,7 +467,7 @@ def test_what_only_data_tells_is_refused_with_a_cure() -> None:
     with pytest.raises(InvalidOption, match="no code below zero"):
         made(torch.ones(8, 32), specification("uint4", "per_channel"))
     with pytest.raises(InvalidOption, match="is not made here"):
-        made(torch.ones(8, 32), specification("fp8_e5m2", "per_tensor"))
+        made(torch.ones(8, 32), specification("int3", "per_tensor"))
 
 
 def test_modules_that_do_not_fit_stay_dense_and_the_file_says_so() -> None:

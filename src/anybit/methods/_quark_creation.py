@@ -11,7 +11,8 @@ from anybit.methods import _quark_layouts as layouts
 if TYPE_CHECKING:
     from anybit.weight.layout import Layout, ModuleInfo
 
-INTEGERS = ("int4", "uint4", "int8", "uint8")
+INTEGERS = ("int4", "uint4", "int8", "uint8", "uint2")
+FP8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 SCALE_TYPES = ("float32", "float16", "bfloat16")
 CURE = (
     "static scales are measured on data. Set is_dynamic: true for inputs, leave outputs out, or load a checkpoint that was "
@@ -107,11 +108,11 @@ def layout_for(quantizer: Any, module: ModuleInfo) -> Layout | str:
             module.shape, module.dtype, levels=layouts.MX[dtype][0], block=(1, size), weight_dtype="uint8",
             scale_dtype="uint8", inputs=inputs, mode=mode,
         )  # fmt: skip
-    if dtype == "fp8_e4m3" and scheme in ("per_tensor", "per_channel") and _rows_are_channels(spec):
+    if dtype in FP8 and scheme in ("per_tensor", "per_channel") and _rows_are_channels(spec):
         whole = scheme == "per_tensor"
         return layouts.FloatLayout(
             module.shape, module.dtype, block=(0, 0) if whole else (1, 0), scale_dtype=numbers,
-            scale_form="scalar" if whole else "flat", inputs=inputs,
+            scale_form="scalar" if whole else "flat", inputs=inputs, levels=layouts.FP8[FP8[dtype]], weight_dtype=FP8[dtype],
         )  # fmt: skip
     if dtype in INTEGERS and (spec.get("zero_point_type") or "int32") == "int32" and _rows_are_channels(spec):
         return _integers(quantizer, module, spec, size, numbers, inputs)
@@ -135,6 +136,17 @@ def _integers(
             module.shape, module.dtype, scale=("weight_scale", numbers, shape),
             zero=("weight_zero_point", dtype, shape), element=dtype, **common,
         )  # fmt: skip
+    groups = columns // size if scheme == "per_group" else 1
+    if dtype in ("int8", "uint8", "uint2") and scheme == "per_group":
+        bits = int(dtype[-1])
+        if rows * bits % 8:
+            return f"four outputs share a byte, and {rows} is no multiple"
+        element = "uint8" if dtype == "uint2" else dtype
+        return layouts.TurnedBytesLayout(
+            module.shape, module.dtype, scale=("weight_scale", numbers, (groups, rows)),
+            zero=("weight_zero_point", element, (groups, rows * bits // 8)), element=element, bits=bits, group_size=size,
+            **common,
+        )  # fmt: skip
     common |= {"signed": signed, "reordered": quantizer.pack_method == "reorder"}
     if dtype.endswith("4") and scheme in ("per_tensor", "per_channel"):
         if columns % 8 or rows % 8:
@@ -146,7 +158,6 @@ def _integers(
     if dtype.endswith("4") and scheme == "per_group":
         if rows % 8:
             return f"eight outputs share a word, and {rows} is no multiple"
-        groups = columns // size
         return layouts.WordsLayout(
             module.shape, module.dtype, scale=("weight_scale", numbers, (groups, rows)),
             zero=("weight_zero_point", "int32", (groups, rows // 8)), group_size=size, **common,
@@ -170,6 +181,7 @@ def _rows_are_channels(spec: Mapping[str, Any]) -> bool:
 def _unknown(module: ModuleInfo, spec: Mapping[str, Any]) -> InvalidOption:
     told = {name: spec.get(name) for name in ("dtype", "qscheme", "ch_axis", "scale_format", "zero_point_type")}
     return InvalidOption(
-        f"{module.name}: a weight of {told} is not made here. Made are int4 and uint4 (per group, channel, tensor), int8 and "
-        "uint8 and fp8_e4m3 (per channel, tensor), and fp4, fp6_e3m2, fp6_e2m3 per group with scale_format 'e8m0'"
+        f"{module.name}: a weight of {told} is not made here. Made are int4, uint4, int8 and uint8 (per group, channel, tensor), "
+        "uint2 (per group), fp8_e4m3 and fp8_e5m2 (per channel, tensor), and fp4, fp6_e3m2, fp6_e2m3 (per group, scale_format "
+        "'e8m0')"
     )

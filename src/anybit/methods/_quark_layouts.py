@@ -35,6 +35,7 @@ NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 MX = {"fp4": ("e2m1", 2, "even_1"), "fp6_e2m3": ("e2m3", 2, "even_3"), "fp6_e3m2": ("e3m2", 4, "even_2")}
 MX_OF = {own[0]: own for own in MX.values()}
 MODES = ("even", "floor", "ceil")
+FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 SMALLEST = 2.0**-23  # of a scale
 
 
@@ -266,10 +267,71 @@ class RowWordsLayout(NibblesLayout):
 
 
 @dataclass(frozen=True)
+class TurnedBytesLayout(IntegerLayout):
+    """Integers in groups of inputs, stored [in, out] in bytes: one of 8 bits, or four of 2 bits, the first one highest.
+
+    Zero points lie [groups, out] and are packed likewise. `turned`: scales lie [groups, out].
+    """
+
+    element: str = "int8"
+    bits: int = 8
+    group_size: int = 128
+    turned: bool = True
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return (-128, 127) if self.element == "int8" else (0, (1 << self.bits) - 1)
+
+    def weight_spec(self) -> tuple[str, tuple[int, ...]]:
+        return self.element, (self.shape[1], self.shape[0] * self.bits // 8)
+
+    def read(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Node, dict[str, Tensor]]:
+        assert zero is not None
+        scales = Values(scale.T.contiguous() if self.turned else scale)
+        return Grid(self._codes(weight), scales, self._codes(zero), block=(1, self.group_size)), {}
+
+    def _codes(self, stored: Tensor) -> Codes:
+        """Bytes [n, out * bits / 8] as codes [out, n]."""
+        count = stored.shape[0]
+        if stored.device.type == "meta":
+            packed = meta("uint8", self.shape[0], packing.row_bytes(count, self.bits))
+        elif self.bits == 8:
+            packed = stored.view(torch.uint8).T.contiguous()
+        else:
+            places = [(stored >> shift) & 3 for shift in (6, 4, 2, 0)]
+            packed = packed_codes(torch.stack(places, -1).flatten(-2).T, self.bits, count).packed
+        return Codes(packed, self.bits, count, signed=self.element == "int8")
+
+    def write(self, weight: Weight) -> dict[str, Tensor]:
+        grid: Any = weight.tree
+        assert self.zero is not None
+        scales = grid.scale.tensor
+        return {
+            "weight": self._bytes(grid.codes),
+            self.scale[0]: scales.T.contiguous() if self.turned else scales,
+            self.zero[0]: self._bytes(grid.zero),
+        }
+
+    def _bytes(self, codes: Codes) -> Tensor:
+        if self.bits == 8:
+            return codes.packed.T.contiguous().view(getattr(torch, self.element))
+        first, second, third, fourth = unpacked_codes(codes).T.unflatten(-1, (-1, 4)).unbind(-1)
+        return (first << 6) | (second << 4) | (third << 2) | fourth
+
+
+@dataclass(frozen=True)
 class FloatLayout(ScaledFloatLayout):
     """Small floats by Quark's rules. `mode`: how the exponent of a block's power of two is rounded."""
 
     mode: str = "even"
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+        weight = super().decode(tensors)
+        if self.levels == "e5m2":  # the only one here, beside E4M3, that has infinity and NaN
+            bad = (tensors["weight"].view(torch.uint8) & 0x7C) == 0x7C
+            if bool(bad.any()):
+                raise CorruptFile(f"tensor 'weight' holds infinity or NaN ({int(bad.sum())} codes); get the file again")
+        return weight
 
     def algorithm_options(self) -> dict[str, object]:
         return {"rule": self.scales, "through": (self.dtype,), "quotient": "float32" if self._powers else self.dtype}
@@ -539,15 +601,32 @@ def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> 
     common: dict[str, Any] = {"scale": own, "inputs": inputs}
     rows, columns = module.shape
     per_tensor, per_row = shape in ((), (1,)), shape == (rows,)
-    if weight.dtype == "float8_e4m3fn" and (per_tensor or per_row) and scale.dtype in FLOATS:
+    if weight.dtype in FP8 and (per_tensor or per_row) and scale.dtype in FLOATS:
         return FloatLayout(
             module.shape, module.dtype, block=(1, 0) if per_row and rows > 1 else (0, 0), scale_dtype=scale.dtype,
-            scale_form="scalar" if shape == () else "flat", inputs=inputs,
+            scale_form="scalar" if shape == () else "flat", inputs=inputs, levels=FP8[weight.dtype],
+            weight_dtype=weight.dtype,
         )  # fmt: skip
     if weight.dtype in ("int8", "uint8") and (per_tensor or per_row) and scale.dtype in FLOATS:
         return BytesLayout(
             module.shape, module.dtype, element=weight.dtype,
             zero=("weight_zero_point", weight.dtype, shape), symmetric=symmetric, **common,
+        )  # fmt: skip
+    bits = {"int8": 8, "uint8": 8, "uint2": 2}.get(str(spec.get("dtype")))
+    if (
+        weight.dtype in ("int8", "uint8")
+        and len(shape) == 2
+        and scale.dtype in FLOATS
+        and bits
+        and rows * bits % 8 == 0
+    ):
+        size = int(spec.get("group_size") or -1)
+        size = columns if size == -1 else size
+        wanted, turned = (-(-columns // size), rows), not quantizer.quantization_config.legacy
+        common["scale"] = ("weight_scale", scale.dtype, wanted if turned else wanted[::-1])
+        return TurnedBytesLayout(
+            module.shape, module.dtype, element=weight.dtype, bits=bits, group_size=size, turned=turned,
+            zero=("weight_zero_point", weight.dtype, (wanted[0], rows * bits // 8)), symmetric=symmetric, **common,
         )  # fmt: skip
     nibbles = weight.dtype == "int32" and spec.get("dtype") in ("int4", "uint4")
     common_nibbles = {
@@ -559,7 +638,8 @@ def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> 
             zero=("weight_zero_point", "int32", (rows // 8,) if per_row else shape), **common_nibbles, **common,
         )  # fmt: skip
     if nibbles and rows % 8 == 0:
-        size = int(spec.get("group_size") or columns)
+        size = int(spec.get("group_size") or -1)
+        size = columns if size == -1 else size
         wanted = (-(-columns // size), rows)
         turned = not quantizer.quantization_config.legacy
         common["scale"] = ("weight_scale", scale.dtype, wanted if turned else wanted[::-1])
