@@ -11,7 +11,7 @@ LARGEST = (1 << 63) - 1  # what torch can count
 MAX_DIMENSIONS = 64  # torch's own limit for most operators
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One stored tensor. `dtype` is torch's name, `shape` is in units of it, `offset` counts from the start of the file.
 

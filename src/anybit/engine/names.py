@@ -64,7 +64,7 @@ class Conversion:
         return found
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """Stored tensors of one unit of a weight: relative name -> stored name. `prefix`: the unit's checkpoint name.
 

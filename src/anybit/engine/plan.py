@@ -27,7 +27,7 @@ from anybit.weight.row_cut import RowCutLayout
 OVERHEAD_BYTES = 24 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedPart:
     """One stored unit of a weight: its checkpoint name, where it belongs, and its tensors by relative name.
 
@@ -371,7 +371,7 @@ class _Builder:
     def packed(self, slot: Slot, parts: list[PlannedPart]) -> Entry:
         entry = Entry(slot, parts, "packed" if self.pre_quantized else "quantize", device=str(self.device))
         first = parts[0].layout
-        alike = all(part.layout == first for part in parts)
+        alike = all(part.layout is first or part.layout == first for part in parts)
         key = (first, len(parts), parts[0].index, slot.kind) if alike else id(entry)
         if key not in self._chosen:
             schemes = [part.layout.scheme() for part in parts if part.layout is not None]
