@@ -269,6 +269,14 @@ TREES = {
     "blocks of rows and columns": nodes.Grid(
         codes(70, 200, bits=8, below=0x7F), nodes.Values(positive(3, 2)), levels="e4m3", block=(32, 128)
     ),
+    "sum": nodes.Sum((plain(10, 256), plain(10, 256, 3, 64))),
+    "rotated inputs": nodes.Rotate(plain(10, 256), 64),
+    "rotated outputs": nodes.Rotate(plain(16, 64), 8, "output", torch.randn(8, 8, generator=generator(6))),
+    "cropped rotation": nodes.Crop(nodes.Rotate(plain(16, 128), 32), 13, 100),
+    "scaled inputs (SINQ)": nodes.Scaled(plain(10, 256), nodes.Values(positive(1, 256))),
+    "scaled outputs": nodes.Scaled(plain(10, 256), nodes.Values(positive(10, 1))),
+    "scaled by one number (LLM.int8)": nodes.Scaled(plain(10, 256, 8), nodes.Values(positive(1, 1))),
+    "columns of what is turned": nodes.Columns((nodes.Rotate(plain(10, 64), 64), plain(10, 100, 8, 1024))),
     "more groups than a run": plain(5, 5000, 4, 8),
     "more columns than a block": nodes.Grid(codes(5, 2500, bits=3), nodes.Values(positive(5, 40)), block=(1, 64), compute="bfloat16"),
 }  # fmt: skip
@@ -470,7 +478,7 @@ def test_an_activation_rule_is_run_around_the_product(level: str) -> None:
     [
         (nodes.Grid(codes(4, 60, bits=4), nodes.Values(positive(4, 5)), block=(1, 12)), "groups of 12 columns"),
         (nodes.Grid(codes(4, 60, bits=12), nodes.Values(positive(4, 1))), "codes of 12 bits"),
-        (nodes.Sum((plain(4, 64), plain(4, 64))), "the tree is a Sum"),
+        (nodes.Transpose(plain(64, 64)), "the tree is a Transpose"),
         (nodes.View(plain(3, 64, 4, 64), 4, 48), "straddle"),
         (nodes.Grid(nodes.Values(torch.ones(4, 8)), nodes.Values(positive(4, 1))), "codes kept as torch.float32"),
     ],
@@ -494,9 +502,9 @@ def test_the_answer_is_the_same_on_meta() -> None:
 @needs_library
 def test_chosen_before_the_reference() -> None:
     assert choose(Weight(plain(4, 64)), CPU).kernel.name == "cpu"
-    other = choose(Weight(nodes.Sum((plain(4, 64), plain(4, 64)))), CPU)
+    other = choose(Weight(nodes.Transpose(plain(64, 64))), CPU)
     assert other.kernel.name == "reference"
-    assert "cpu: the tree is a Sum" in other.reason
+    assert "cpu: the tree is a Transpose" in other.reason
 
 
 # --- the library ---------------------------------------------------------------------------------------------------------------------

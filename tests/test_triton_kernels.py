@@ -42,13 +42,16 @@ def test_compiles_for_cards(name: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from anybit.kernels.cpu.trees import Workspace
+    from anybit.kernels._grids import Workspace
+    from anybit.kernels._programs import program_of
     from anybit.kernels.triton import grid as functions
     from anybit.kernels.triton import programs, tuning
 
     weight = Weight(WEIGHTS[name]())
     space = Workspace(weight)
-    leaf: Any = programs.build(json.loads(json.dumps(programs.program_of(weight.tree, space), default=programs.plain)))
+    leaf: Any = programs.build(
+        json.loads(json.dumps(program_of(weight.tree, space, programs.leaf_program), default=programs.plain))
+    )
     function = functions._product_kernel
     sizes = {"count", "X_ROW", "X_COLUMN", "Y_PART", "Y_ROW"}
     done = 0

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from anybit.errors import InvalidOption
+from anybit.kernels._grids import TABLE, Refused, Workspace, leaf_program, restored, rounds_inputs
+from anybit.kernels._programs import Program, any_leaf, build, program_of, readable
 from anybit.kernels.base import Kernel
 from anybit.kernels.cpu import native
-from anybit.kernels.cpu.trees import TABLE, Refused, Workspace, program_of, restored, rounds_inputs
 from anybit.weight import Weight
 from anybit.weight.activation import RULES
 
@@ -78,16 +79,16 @@ class CpuGrid(Kernel):
             return f"activation rule {weight.activation.rule!r} is not registered"
         scheme = weight.map(_on_meta)
         try:
-            program = program_of(scheme.tree, Workspace(scheme, nested=True))
+            program = program_of(scheme.tree, Workspace(scheme, nested=True), leaf_program)
         except Refused as reason:
             return str(reason)
-        if self.fast and not rounds_inputs(program):
+        if self.fast and not any_leaf(program, rounds_inputs):
             return "no part of it has codes that are multiplied in bytes"
         return None
 
     def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
         space = Workspace(weight, nested=True)
-        program = program_of(weight.tree, space)
+        program = program_of(weight.tree, space, leaf_program)
         spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
         return json.dumps(spec, default=asdict, separators=(",", ":")), space.tensors
 
@@ -124,7 +125,7 @@ class CpuGrid(Kernel):
         form.program.check(x)
         dtype = x.dtype if x.dtype in native.KINDS else torch.float32
         y = torch.empty(x.shape[0], form.program.rows, dtype=dtype)
-        form.program.each_expert(_readable(x), ends, tensors, y)
+        form.program.each_expert(readable(x), ends, tensors, y)
         return y.to(x.dtype)
 
 
@@ -176,62 +177,8 @@ def _form(spec: str, fast: bool = False) -> Form:
         parts["own"],
         {int(slot): moves for slot, moves in parts["moved"].items()},
         activation and activation["rule"],
-        _build(parts["program"], fast),
+        build(parts["program"], lambda _, grid: Leaf(grid, fast)),
     )
-
-
-def _build(program: dict[str, Any], fast: bool) -> Program:
-    ((kind, content),) = program.items()
-    if kind == "grid":
-        return Leaf(content, fast)
-    parts = [_build(part, fast) for part in content]
-    return {"rows": RowParts, "columns": ColumnParts, "stack": ExpertParts}[kind](parts)
-
-
-def _readable(x: Tensor) -> Tensor:
-    return x if x.dtype in native.KINDS else x.to(torch.float32)
-
-
-class Program:
-    """A matrix, or a stack of them, as steps over the prepared tensors."""
-
-    rows: int
-    columns: int
-
-    def linear(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        self.check(x)
-        y = torch.empty(x.shape[0], self.rows, dtype=dtype if dtype in native.KINDS else torch.float32)
-        if bias is not None:
-            if bias.shape != (self.rows,):
-                raise RuntimeError(f"a bias of shape {tuple(bias.shape)} for {self.rows} outputs")
-            bias = _readable(bias.detach()).contiguous()
-        self.into(_readable(x), tensors, bias, y)
-        return y if y.dtype == dtype else y.to(dtype)
-
-    def check(self, x: Tensor) -> None:
-        """Native code believes what it is told, so sizes are compared here, as torch does it in a product."""
-        if x.shape[1] != self.columns or x.device.type != "cpu":
-            raise RuntimeError(
-                f"an input of shape {tuple(x.shape)} on {x.device} does not fit a weight of {self.columns} columns on the CPU"
-            )
-
-    def into(
-        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
-    ) -> None:
-        """Write x @ W.T + bias into y, or add it to a float32 y."""
-        raise NotImplementedError(type(self).__name__)
-
-    def each_expert(self, x: Tensor, ends: Tensor, tensors: list[Tensor], y: Tensor) -> None:
-        """Products of a stack: expert e owns rows ends[e-1] .. ends[e] of x and y."""
-        start = 0
-        for expert, stop in enumerate(ends.tolist()):
-            if stop > start:
-                self.into(x[start:stop], tensors, None, y[start:stop], expert=expert)
-            start = stop
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        """total [n, columns] += gradient [n, rows] @ W."""
-        raise NotImplementedError(type(self).__name__)
 
 
 class Leaf(Program):
@@ -264,6 +211,8 @@ class Leaf(Program):
     def into(
         self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
     ) -> None:
+        if x.device.type != "cpu":
+            raise RuntimeError(f"an input on {x.device} does not fit a weight on the CPU")
         native.linear(self.shape, self.pointers(tensors, expert), x, bias, y, add, self.many, self.fast)
 
     def each_expert(self, x: Tensor, ends: Tensor, tensors: list[Tensor], y: Tensor) -> None:
@@ -319,68 +268,6 @@ def _parameter(content: dict[str, Any] | None) -> native.Parameter:
             nested[name] for name in ("bits", "levels", "group", "count", "scale_kind", "scale_negated", "offset_kind")
         ]
     return native.Parameter(*own)
-
-
-class RowParts(Program):
-    """Parts one above the other: each writes its own outputs."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
-
-    def into(
-        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
-    ) -> None:
-        start = 0
-        for part in self.parts:
-            stop = start + part.rows
-            part.into(x, tensors, None if bias is None else bias[start:stop], y[:, start:stop], add, expert)
-            start = stop
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        start = 0
-        for part in self.parts:
-            part.add_gradient(gradient[:, start : start + part.rows], tensors, total)
-            start += part.rows
-
-
-class ColumnParts(Program):
-    """Parts side by side: their products are added in float32."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = parts[0].rows, sum(part.columns for part in parts)
-
-    def into(
-        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
-    ) -> None:
-        total = y if add else torch.zeros(y.shape, dtype=torch.float32)
-        start = 0
-        for part in self.parts:
-            own = bias if start == 0 else None
-            part.into(x[:, start : start + part.columns], tensors, own, total, True, expert)
-            start += part.columns
-        if not add:
-            y.copy_(total)
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        start = 0
-        for part in self.parts:
-            part.add_gradient(gradient, tensors, total[:, start : start + part.columns])
-            start += part.columns
-
-
-class ExpertParts(Program):
-    """One program per expert."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = parts[0].rows, parts[0].columns
-
-    def into(
-        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
-    ) -> None:
-        self.parts[expert].into(x, tensors, bias, y, add)
 
 
 KERNELS = [CpuGrid(), FAST]

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anybit.kernels._grids import Refused, Workspace, has_group_index, restored
+from anybit.kernels._programs import Program, program_of
 from anybit.kernels.base import Kernel
-from anybit.kernels.cpu.trees import Refused, Workspace, restored
-from anybit.kernels.triton.programs import Leaf, Program, build, plain, program_of
+from anybit.kernels.triton.programs import Leaf, build, leaf_program, plain
 from anybit.weight import Weight
 from anybit.weight.activation import RULES
 
@@ -49,16 +50,19 @@ class TritonGrid(Kernel):
             return f"activation rule {weight.activation.rule!r} is not registered"
         scheme = weight.map(_on_meta)
         try:
-            program_of(scheme.tree, Workspace(scheme))
+            program_of(scheme.tree, Workspace(scheme), leaf_program)
         except Refused as reason:
             return str(reason)
         return None
 
     def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
+        home = weight.device
+        if has_group_index(weight.tree):  # columns are moved on the host, once
+            weight = weight.to("cpu")
         space = Workspace(weight)
-        program = program_of(weight.tree, space)
+        program = program_of(weight.tree, space, leaf_program)
         spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
-        return json.dumps(spec, default=plain, separators=(",", ":")), [t.to(weight.device) for t in space.tensors]
+        return json.dumps(spec, default=plain, separators=(",", ":")), [t.to(home) for t in space.tensors]
 
     def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
         form = _form(spec)

@@ -1,13 +1,6 @@
-"""What the Triton kernels run: a weight tree as a small program over the prepared tensors.
+"""What the Triton kernels run: the leaves of programs (../_programs.py), launched as functions of grid.py.
 
-A grid's program is that of the CPU kernels (../cpu/trees.py). Around it:
-
-    {"codebook": ...}                       a grid whose codes name vectors
-    {"rows" | "columns" | "stack": [...]}   parts above or beside each other; one program per expert
-    {"sum": [...]}                          products added
-    {"rotated": ...}                        the input or the output turned, instead of the weight
-    {"scaled": ...}                         the input or the output scaled, instead of the weight
-    {"cropped": ...}                        a padded weight: the input filled up, the output cut
+A grid's program is that of the CPU kernels (../_grids.py); a codebook is a grid whose codes name vectors.
 """
 
 from __future__ import annotations
@@ -20,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybit.kernels.cpu.trees import Grid, Refused, Slot, Workspace
-from anybit.kernels.cpu.trees import program_of as grid_program
+from anybit.kernels._grids import Grid, Refused, Slot, Workspace
+from anybit.kernels._grids import leaf_program as grid_program
+from anybit.kernels._programs import DTYPES, Program
+from anybit.kernels._programs import build as _build
 from anybit.kernels.triton.tuning import Tile, tile_for
 from anybit.weight import nodes
-from anybit.weight.nodes import Node, hadamard
+from anybit.weight.nodes import Node
 from anybit.weight.packing import row_bytes
 
 MANY = 256  # rows of input from which decoding pieces for torch's matmul costs less than decoding in the product
 PIECE = 1 << 24  # weights of such a piece: 32 MB in two bytes each, within the second-level cache of a large card
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_PARAMETER = {"kind": 0, "down": 1, "row_stride": 0, "width": 1, "inverted": False, "negated": False}
 
 
@@ -50,35 +44,9 @@ class Codebook:
     sign_table: Slot | None = None
 
 
-def program_of(tree: Node, space: Workspace) -> dict[str, Any]:
-    """The program of a tree; Refused if there is none."""
-    match tree:
-        case nodes.Stack(parts=parts):
-            return {"stack": [program_of(part, space) for part in parts]}
-        case nodes.Rows(parts=parts):
-            return {"rows": [program_of(part, space) for part in parts]}
-        case nodes.Columns(parts=parts):
-            return {"columns": [program_of(part, space) for part in parts]}
-        case nodes.Sum(parts=parts, compute="float32"):
-            return {"sum": [program_of(part, space) for part in parts]}
-        case nodes.Codebook():
-            return {"codebook": _codebook(tree, space)}
-        case nodes.Rotate(child=child, size=size, side=side, matrix=matrix):
-            if len(tree.shape) == 3:
-                raise Refused("a stack of rotated experts; a matrix of that kind is accepted")
-            slot = None if matrix is None else space.own_slot(matrix, False)
-            return {"rotated": {"child": program_of(child, space), "size": size, "side": side, "matrix": slot}}
-        case nodes.Scaled(child=child, scale=scale, offset=None, compute="float32") if scale is not None:
-            if len(tree.shape) == 3 or 1 not in scale.shape:
-                raise Refused(f"a second scale of {tuple(scale.shape)} values; one a row or one a column is read")
-            numbers = torch.empty(scale.shape, device="meta") if space.meta else scale.dense()
-            along = "input" if scale.shape[0] == 1 and scale.shape[1] > 1 else "output"
-            return {
-                "scaled": {"child": program_of(child, space), "along": along, "factors": space.add(numbers.reshape(-1))}
-            }
-        case nodes.Crop(child=nodes.Rotate() | nodes.Codebook() | nodes.Scaled() as child, rows=rows, columns=columns):
-            return {"cropped": {"child": program_of(child, space), "rows": rows, "columns": columns}}
-    return grid_program(tree, space)
+def leaf_program(tree: Node, space: Workspace) -> dict[str, Any]:
+    """The program of a grid or a codebook; Refused if there is none."""
+    return {"codebook": _codebook(tree, space)} if isinstance(tree, nodes.Codebook) else grid_program(tree, space)
 
 
 def _codebook(tree: nodes.Codebook, space: Workspace) -> Codebook:
@@ -149,20 +117,8 @@ class _Scales(Workspace):
 
 def build(program: dict[str, Any]) -> Program:
     """A program as it was written into a spec."""
-    ((kind, content),) = program.items()
-    match kind:
-        case "grid":
-            return Leaf(content)
-        case "codebook":
-            return Leaf(content["grid"], content)
-        case "rotated":
-            return Rotated(build(content["child"]), content)
-        case "scaled":
-            return ScaledProduct(build(content["child"]), content)
-        case "cropped":
-            return Cropped(build(content["child"]), content["rows"], content["columns"])
-    return {"rows": RowParts, "columns": ColumnParts, "stack": ExpertParts, "sum": SumParts}[kind](
-        [build(part) for part in content]
+    return _build(
+        program, lambda kind, content: Leaf(content["grid"], content) if kind == "codebook" else Leaf(content)
     )
 
 
@@ -174,29 +130,6 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 def plain(content: Any) -> Any:
     """Dataclasses of a program as data, for json."""
     return asdict(content)
-
-
-class Program:
-    """A matrix, or a stack of them, as steps over the prepared tensors."""
-
-    rows: int
-    columns: int
-
-    def linear(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """x [n, columns] -> [n, rows] in `dtype`."""
-        if x.shape[1] != self.columns:
-            raise RuntimeError(f"an input of shape {tuple(x.shape)} for a weight of {self.columns} columns")
-        y = torch.empty(x.shape[0], self.rows, dtype=dtype if dtype in DTYPES else torch.float32, device=x.device)
-        self.into(x if x.dtype in DTYPES else x.to(torch.float32), tensors, bias, y)
-        return y if y.dtype == dtype else y.to(dtype)
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        """Write x @ W.T + bias into y, whose rows may lie apart."""
-        raise NotImplementedError(type(self).__name__)
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        """total [n, columns] += gradient [n, rows] @ W."""
-        raise NotImplementedError(type(self).__name__)
 
 
 class Leaf(Program):
@@ -234,7 +167,14 @@ class Leaf(Program):
             strides[name] = slot[1] // tensor.element_size() if slot else 0
         return found, strides
 
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        if add:
+            own = torch.empty(y.shape, dtype=torch.float32, device=y.device)
+            self.into(x, tensors, bias, own)
+            y += own
+            return None
         if x.shape[0] >= MANY:
             return self._in_pieces(x, tensors, bias, y)
         tile = self._tile(x.shape[0], x.device)
@@ -286,8 +226,7 @@ class Leaf(Program):
 
     def experts(self, x: Tensor, ends: Tensor, tensors: list[Tensor]) -> Tensor:
         """One launch over the tiles of all experts; which tile belongs to whom is worked out on the device."""
-        if x.shape[1] != self.columns:
-            raise RuntimeError(f"an input of shape {tuple(x.shape)} for weights of {self.columns} columns")
+        self.check(x)
         experts, count = ends.numel(), x.shape[0]
         x = x if x.dtype in DTYPES else x.to(torch.float32)
         y = torch.empty(count, self.rows, dtype=x.dtype, device=x.device)
@@ -349,151 +288,3 @@ class Leaf(Program):
             order = tensors[slot[0]].long()
             return torch.where(order >= 0, x.index_select(1, order.clamp(min=0)), 0).to(x.dtype)
         return torch.nn.functional.pad(x, (0, self.codes_columns - self.columns))
-
-
-class RowParts(Program):
-    """Parts one above the other: each writes its own outputs."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = sum(part.rows for part in parts), parts[0].columns
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        start = 0
-        for part in self.parts:
-            stop = start + part.rows
-            part.into(x, tensors, None if bias is None else bias[start:stop], y[:, start:stop])
-            start = stop
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        start = 0
-        for part in self.parts:
-            part.add_gradient(gradient[:, start : start + part.rows], tensors, total)
-            start += part.rows
-
-
-class ColumnParts(Program):
-    """Parts side by side: their products are added in float32."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = parts[0].rows, sum(part.columns for part in parts)
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        total, own, start = (
-            torch.zeros(y.shape, dtype=torch.float32, device=y.device),
-            torch.empty_like(y, dtype=torch.float32),
-            0,
-        )
-        for part in self.parts:
-            part.into(x[:, start : start + part.columns], tensors, bias if start == 0 else None, own)
-            total += own
-            start += part.columns
-        y.copy_(total)
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        start = 0
-        for part in self.parts:
-            part.add_gradient(gradient, tensors, total[:, start : start + part.columns])
-            start += part.columns
-
-
-class ExpertParts(Program):
-    """One program per expert; experts of a stack are multiplied one by one."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = parts[0].rows, parts[0].columns
-
-
-class SumParts(Program):
-    """Parts on top of each other: their products are added in float32."""
-
-    def __init__(self, parts: list[Program]):
-        self.parts = parts
-        self.rows, self.columns = parts[0].rows, parts[0].columns
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        total = self.parts[0].linear(x, tensors, bias, torch.float32)
-        for part in self.parts[1:]:
-            total += part.linear(x, tensors, None, torch.float32)
-        y.copy_(total)
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        for part in self.parts:
-            part.add_gradient(gradient, tensors, total)
-
-
-class Rotated(Program):
-    """W = child @ M in every run of columns, or M @ child in every run of rows: x or y is turned in its place, in float32."""
-
-    def __init__(self, child: Program, content: dict[str, Any]):
-        self.child, self.size, self.side, self.matrix = child, content["size"], content["side"], content["matrix"]
-        self.rows, self.columns = child.rows, child.columns
-
-    def _turned(self, x: Tensor, tensors: list[Tensor], back: bool) -> Tensor:
-        """Every run of `size` numbers of a row times M transposed, or times M on the way back."""
-        matrix = (
-            hadamard(self.size, x.device) if self.matrix is None else tensors[self.matrix["position"]].to(torch.float32)
-        )
-        return (x.to(torch.float32).reshape(-1, self.size) @ (matrix if back else matrix.T)).view(x.shape)
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        if self.side == "input":
-            return self.child.into(self._turned(x, tensors, False).to(x.dtype), tensors, bias, y)
-        turned = self._turned(self.child.linear(x, tensors, None, torch.float32), tensors, False)
-        y.copy_(turned if bias is None else turned + bias.to(torch.float32))
-        return None
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        if self.side == "input":
-            own = torch.zeros_like(total)
-            self.child.add_gradient(gradient, tensors, own)
-            total += self._turned(own, tensors, True)
-        else:
-            self.child.add_gradient(self._turned(gradient, tensors, True), tensors, total)
-
-
-class ScaledProduct(Program):
-    """A factor for every input or for every output of the child."""
-
-    def __init__(self, child: Program, content: dict[str, Any]):
-        self.child, self.along, self.position = child, content["along"], content["factors"]["position"]
-        self.rows, self.columns = child.rows, child.columns
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        factors = tensors[self.position]
-        if self.along == "input":
-            return self.child.into((x.to(torch.float32) * factors).to(x.dtype), tensors, bias, y)
-        found = self.child.linear(x, tensors, None, torch.float32) * factors
-        y.copy_(found if bias is None else found + bias.to(torch.float32))
-        return None
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        factors = tensors[self.position]
-        if self.along == "input":
-            own = torch.zeros_like(total)
-            self.child.add_gradient(gradient, tensors, own)
-            total += own * factors
-        else:
-            self.child.add_gradient(gradient.to(torch.float32) * factors, tensors, total)
-
-
-class Cropped(Program):
-    """The first rows and columns of a padded child."""
-
-    def __init__(self, child: Program, rows: int, columns: int):
-        self.child, self.rows, self.columns = child, rows, columns
-
-    def into(self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        full = torch.nn.functional.pad(x, (0, self.child.columns - self.columns))
-        if self.child.rows == self.rows:
-            return self.child.into(full, tensors, bias, y)
-        found = self.child.linear(full, tensors, None, torch.float32)[:, : self.rows]
-        y.copy_(found if bias is None else found + bias.to(torch.float32))
-        return None
-
-    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        own = torch.zeros(total.shape[0], self.child.columns, dtype=torch.float32, device=total.device)
-        self.child.add_gradient(torch.nn.functional.pad(gradient, (0, self.child.rows - self.rows)), tensors, own)
-        total += own[:, : self.columns]

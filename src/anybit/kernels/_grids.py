@@ -24,7 +24,7 @@ from anybit.weight import Weight, levels, nodes
 from anybit.weight.nodes import Node
 from anybit.weight.packing import row_bytes
 
-# the enumerations of csrc/grid.h
+# the enumerations of cpu/csrc/grid.h
 COMPUTE = {"float32": 0, "bfloat16": 1, "float16": 2}
 UNSIGNED, SIGNED, TABLE, E4M3, E5M2 = range(5)
 _FLOAT_PARAMETERS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.int8: 5}
@@ -123,38 +123,27 @@ class Workspace:
 # --- programs ------------------------------------------------------------------------------------------------------------
 
 
-def program_of(tree: Node, space: Workspace) -> dict[str, Any]:
-    """The program of a tree; Refused if there is none."""
-    match tree:
-        case nodes.Stack(parts=parts):
-            return {"stack": [program_of(part, space) for part in parts]}
-        case nodes.Rows(parts=parts):
-            return {"rows": [program_of(part, space) for part in parts]}
-        case nodes.Columns(parts=parts):
-            return {"columns": [program_of(part, space) for part in parts]}
-    if len(tree.shape) == 3 and _has_group_index(tree):
+def leaf_program(tree: Node, space: Workspace) -> dict[str, Any]:
+    """The program of a grid and what lies closely around it; Refused if there is none."""
+    if len(tree.shape) == 3 and has_group_index(tree):
         raise Refused("a stack of experts with an order of columns each; a matrix of that kind is accepted")
     return {"grid": _grid_of(tree, space)}
 
 
-def rounds_inputs(program: dict[str, Any]) -> bool:
-    """Whether any part of a program is multiplied in bytes by the fast kernel."""
-    ((kind, content),) = program.items()
-    if kind != "grid":
-        return any(rounds_inputs(part) for part in content)
-    return content.compute == 0 and (
-        content.levels in (UNSIGNED, SIGNED) or (content.levels == TABLE and content.bits == 4)
-    )
+def rounds_inputs(kind: str, grid: Grid) -> bool:
+    """Whether a grid is multiplied in bytes by the fast kernel."""
+    return grid.compute == 0 and (grid.levels in (UNSIGNED, SIGNED) or (grid.levels == TABLE and grid.bits == 4))
 
 
-def _has_group_index(tree: Node) -> bool:
+def has_group_index(tree: Node) -> bool:
+    """Whether groups of columns are no runs of them."""
     match tree:
         case nodes.Grid(group_index=torch.Tensor()):
             return True
         case nodes.Permute():
-            return tree.index.dim() == 2 or _has_group_index(tree.child)
+            return tree.index.dim() == 2 or has_group_index(tree.child)
         case nodes.Crop() | nodes.View():
-            return _has_group_index(tree.child)
+            return has_group_index(tree.child)
     return False
 
 
