@@ -480,7 +480,31 @@ def test_modules_that_do_not_fit_stay_dense_and_the_file_says_so() -> None:
         assert module.name in quantizer.quantization_config.exclude
     table = ModuleInfo("model.embed", "embedding", (64, 64), "bfloat16")
     assert quantizer.layout_for(table) is None
-    assert "not of an embedding" in quantizer.skip_reasons["model.embed"]
+    assert "does not quantize its weight" in quantizer.skip_reasons["model.embed"]
+    stack = ModuleInfo("model.experts", "experts", (2, 64, 64), "bfloat16")
+    assert quantizer.layout_for(stack) is None
+    assert "not of kind 'experts'" in quantizer.skip_reasons["model.experts"]
+
+
+def test_settings_of_a_class_reach_embeddings(tmp_path: Path) -> None:
+    """An embedding is quantized where its class is named, and only there."""
+    anybit.dequantize(GOLDEN / "fp8-kvcache", tmp_path / "dense", dtype="bfloat16")
+    parts = {"weight": specification("int8", "per_channel", ch_axis=0)}
+    config = QuarkConfig(
+        global_quant_config={"weight": specification("fp8_e4m3", "per_tensor")},
+        layer_type_quant_config={"Embedding": parts},
+        exclude=["lm_head"],
+    )
+    anybit.quantize(tmp_path / "dense", tmp_path / "made", config)
+    dense = load_file(tmp_path / "dense" / "model.safetensors")["model.embed_tokens.weight"]
+    stored = load_file(tmp_path / "made" / "model.safetensors")
+    scale = dense.abs().amax(1) / 127.5
+    codes = torch.round(dense.float() * (1.0 / scale.float())[:, None]).clamp(-128, 127)
+    assert torch.equal(stored["model.embed_tokens.weight"], codes.to(torch.int8))
+    model: Any = anybit.load(tmp_path / "made")
+    values = model.model.embed_tokens(torch.arange(8))
+    assert torch.equal(values, (codes * scale.float()[:, None])[:8].to(values.dtype))
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
 
 
 def test_files_of_the_fp8_mode_can_be_made() -> None:

@@ -75,12 +75,10 @@ def _listed(spec: Any) -> list[Mapping[str, Any]]:
 
 def layout_for(quantizer: Any, module: ModuleInfo) -> Layout | str:
     """The layout a dense module gets, or why it stays dense."""
-    if module.kind != "linear":
-        return (
-            f"Quark's layouts are of linear layers, not of {'an' if module.kind[0] in 'aeiou' else 'a'} {module.kind}"
-        )
-    spec = quantizer.spec_of(module.name, "weight")
-    inputs_spec = quantizer.spec_of(module.name, "input_tensors")
+    if module.kind not in ("linear", "embedding"):
+        return f"Quark's layouts are of linear layers and embeddings, not of kind {module.kind!r}"
+    spec = quantizer.spec_of(module.name, "weight", module.kind)
+    inputs_spec = quantizer.spec_of(module.name, "input_tensors", module.kind)
     if spec is None:
         if inputs_spec is not None:
             raise InvalidOption(

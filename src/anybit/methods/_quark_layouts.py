@@ -578,11 +578,14 @@ def is_symmetric(spec: Mapping[str, Any]) -> bool:
 def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> Layout | None:
     """The layout that a module's tensors have; dtypes and shapes tell, and the configuration what they cannot."""
     weight, scale = stored.get("weight"), stored.get("weight_scale")
-    if weight is None or module.kind != "linear":
+    if weight is None or module.kind not in ("linear", "embedding"):
         return None
     if scale is None and weight.dtype in (*FLOATS, "float64"):
         beside = [name for name in PARAMETERS if name in stored]
-        expected = quantizer.weight_format == "fake_quantized" and quantizer.spec_of(module.name, "weight") is not None
+        expected = (
+            quantizer.weight_format == "fake_quantized"
+            and quantizer.spec_of(module.name, "weight", module.kind) is not None
+        )
         if beside or expected:
             raise MissingTensor(
                 f"tensor {join_name(module.name, 'weight_scale')!r} is not stored; {weight.name!r} is quantized by the "
@@ -593,7 +596,7 @@ def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> 
         raise MissingTensor(
             f"tensor {join_name(module.name, 'weight_scale')!r} is not stored; {weight.name!r} is {weight.dtype}"
         )
-    spec = quantizer.spec_of(module.name, "weight") or {}
+    spec = quantizer.spec_of(module.name, "weight", module.kind) or {}
     inputs = inputs_of(module, quantizer.spec_of(module.name, "input_tensors"), stored)
     shape = tuple(scale.shape)
     own: Spec = ("weight_scale", scale.dtype, shape)

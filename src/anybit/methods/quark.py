@@ -48,6 +48,7 @@ def specification(dtype: str, qscheme: str, **settings: Any) -> dict[str, Any]:
     return {**plain, **settings}
 
 
+CLASSES = {"linear": "Linear", "embedding": "Embedding"}  # as layer_type_quant_config names them
 OBSERVERS = {
     "per_tensor": "PerTensorMinMaxObserver",
     "per_channel": "PerChannelMinMaxObserver",
@@ -180,8 +181,11 @@ class QuarkHfQuantizer(HfQuantizer):
         """ "real_quantized", or "fake_quantized" for weights that were rounded and kept dense."""
         return str((self.quantization_config.export or {}).get("weight_format") or "real_quantized")
 
-    def spec_of(self, module: str, part: str) -> Mapping[str, Any] | None:
-        """What the configuration says of "weight", "input_tensors" or "output_tensors" of a module."""
+    def spec_of(self, module: str, part: str, kind: str = "linear") -> Mapping[str, Any] | None:
+        """What the configuration says of "weight", "input_tensors" or "output_tensors" of a module.
+
+        Settings for all modules are meant for linear layers; those of an embedding name it, or its class.
+        """
         config = self.quantization_config
         if config.custom_mode == "fp8":
             return self._fp8_mode(module, part)
@@ -191,7 +195,9 @@ class QuarkHfQuantizer(HfQuantizer):
         named = _first(module, config.layer_quant_config or ())
         settings = config.layer_quant_config[named] if named is not None else None
         if settings is None:
-            settings = (config.layer_type_quant_config or {}).get("Linear") or config.global_quant_config
+            settings = (config.layer_type_quant_config or {}).get(CLASSES.get(kind, kind))
+        if settings is None and kind == "linear":
+            settings = config.global_quant_config
         found = (settings or {}).get(part)
         if isinstance(found, list):
             raise InvalidOption(f"QuarkConfig: {part} of {module} is quantized in {len(found)} levels; one is known")
@@ -234,7 +240,7 @@ class QuarkHfQuantizer(HfQuantizer):
         if not isinstance(found, str):
             return found
         self.skip_reasons[module.name] = found
-        if module.kind == "linear" and self.spec_of(module.name, "weight") is not None:
+        if self.spec_of(module.name, "weight", module.kind) is not None:
             setattr(config, self._excluding, [*(getattr(config, self._excluding) or ()), module.name])
         return None
 
