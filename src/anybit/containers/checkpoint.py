@@ -17,6 +17,8 @@ from anybit.errors import CheckpointError, CorruptFile, MissingTensor, did_you_m
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anybit.quantizers.bundle import Derived
+
 # A format of one file: how its header is read. Data of every format is read by RawFile.
 READERS: dict[str, Callable[[RawFile], Contents]] = {
     ".safetensors": safetensors.read,
@@ -88,6 +90,12 @@ class Checkpoint:
     def another(path: str | os.PathLike[str]) -> Checkpoint:
         """Opens other files with the same care: what lies beside a checkpoint in one of its formats."""
         return Checkpoint.open(path)
+
+    def renamed(self, derived: Mapping[str, Derived]) -> Checkpoint:
+        """The same tensors under other names."""
+        from anybit.containers.renamed import Renamed
+
+        return Renamed(self, derived)
 
     def read(self, name: str, *, copy: bool = True) -> Tensor:
         """The tensor, on the CPU.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
-from anybit.containers.renamed import Renamed
 from anybit.errors import CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.methods._activations import TOP, finish, groups
 from anybit.methods._awq_layout import AwqGemmLayout
@@ -563,7 +562,7 @@ def mended_names(checkpoint: Any) -> Any:
         if own == "qweight" and f"{owner}{dot}" not in packed:
             meant = "weight"
         derived[f"{owner}{dot}{meant}"] = Derived((name,), info.dtype, tuple(info.shape))
-    return Renamed(checkpoint, derived)
+    return checkpoint.renamed(derived)
 
 
 def is_symmetric(spec: Mapping[str, Any]) -> bool:

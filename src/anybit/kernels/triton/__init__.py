@@ -57,7 +57,7 @@ class TritonGrid(Kernel):
 
     def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
         home = weight.device
-        if has_group_index(weight.tree):  # columns are moved on the host, once
+        if home.type != "meta" and has_group_index(weight.tree):  # columns are moved on the host, once
             weight = weight.to("cpu")
         space = Workspace(weight)
         program = program_of(weight.tree, space, leaf_program)
