@@ -155,6 +155,36 @@ def test_calibration_that_cannot_be_used(calibration: Any, words: str) -> None:
         calibration_tokens(calibration, TINY)
 
 
+def test_a_long_text_is_no_file_name() -> None:
+    """Longer than a name may be, shorter than a path, and all in one line."""
+    line = " ".join(TEXT.split())[:3000]
+    assert calibration_tokens(line, TINY, samples=2, length=32).shape == (2, 32)
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    import json
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    talk = [{"role": "user", "content": TEXT[:400]}, {"role": "assistant", "content": TEXT[400:800]}]
+    file = tmp_path / "talk.jsonl"
+    file.write_text(json.dumps({"messages": talk}))
+    with pytest.raises(InvalidOption, match="no chat template"):
+        calibration_tokens(file, TINY, samples=2, length=16)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    found = calibration_tokens(file, TINY, samples=1000, length=16, tokenizer=tokenizer)
+    wanted = f"[user] {TEXT[:400]}\n[assistant] {TEXT[400:800]}\n"
+    assert torch.equal(found, calibration_tokens([wanted], TINY, samples=1000, length=16))
+
+
+@pytest.mark.parametrize("line", ["not JSON", '{"messages": "hello"}', '{"words": 1}', "7"])
+def test_lines_that_hold_no_text_are_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(InvalidOption, match=r"a\.jsonl.*text"):
+        calibration_tokens(tmp_path / "a.jsonl", TINY)
+
+
 def test_a_method_without_an_algorithm_of_its_own_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no calibrated algorithm of its own"):
         anybit.quantize(TINY, tmp_path / "out", BitsAndBytesConfig(load_in_4bit=True), calibration=TEXT)

@@ -41,7 +41,10 @@ def calibration_tokens(
     seed: int = SEED,
     tokenizer: Any = None,
 ) -> Tensor:
-    """int64 [samples, length] from text, a list of texts, a file (.txt, .jsonl with "text", .parquet) or token ids.
+    """int64 [samples, length] from text, a list of texts, a file or token ids.
+
+    A .txt file is one text. A .jsonl file has objects with a "text", or with "messages" that the tokenizer's chat template turns
+    into one; a .parquet file has a column "text".
 
     Texts are joined and cut into rows; `samples` of them are drawn, the same ones for the same `seed`. Fewer rows than asked
     for are taken as they are; less than one row is an error. `tokenizer`: another than the folder's, or a path to one.
@@ -64,7 +67,8 @@ def calibration_tokens(
             ) from error
         tokenizer.model_max_length = 1 << 62  # whole texts are cut into rows below
     flat = torch.tensor(
-        [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64
+        [token for text in texts for token in tokenizer(_said(text, tokenizer), add_special_tokens=False)["input_ids"]],
+        dtype=torch.int64,
     )
     rows = len(flat) // length
     if rows == 0:
@@ -76,11 +80,22 @@ def calibration_tokens(
     return matrix[chosen]
 
 
-def _texts(calibration: Any) -> list[str]:
+def _said(text: Any, tokenizer: Any) -> str:
+    """A text as it is; the messages of a conversation as the model sees them."""
+    if isinstance(text, str):
+        return text
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidOption(
+            "the calibration data are conversations, and the tokenizer has no chat template; give texts instead"
+        )
+    return str(tokenizer.apply_chat_template(text, tokenize=False))
+
+
+def _texts(calibration: Any) -> list[Any]:
+    """Texts, or conversations: lists of messages."""
     if isinstance(calibration, (str, os.PathLike)):
-        path = Path(calibration)
-        if isinstance(calibration, os.PathLike) or (len(str(calibration)) < 4096 and path.is_file()):
-            return _file(path)
+        if isinstance(calibration, os.PathLike) or os.path.isfile(calibration):  # a text is no name, however long
+            return _file(Path(calibration))
         return [str(calibration)]
     if isinstance(calibration, Sequence) and calibration and all(isinstance(item, str) for item in calibration):
         return list(calibration)
@@ -89,15 +104,18 @@ def _texts(calibration: Any) -> list[str]:
     )
 
 
-def _file(path: Path) -> list[str]:
+def _file(path: Path) -> list[Any]:
     if not path.is_file():
         raise InvalidOption(f"the calibration file {path} does not exist")
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [row.get("text") for row in rows if isinstance(row, dict)]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InvalidOption(f'{path}: every line must be an object with a "text"')
-        return [str(text) for text in texts]
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise InvalidOption(f'{path} is not one JSON object with a "text" on each line: {error}') from error
+        texts = [_of_row(row) for row in rows]
+        if not texts or None in texts:
+            raise InvalidOption(f'{path}: every line must be an object with a "text" or with "messages"')
+        return texts
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet as parquet  # type: ignore[import-not-found]
@@ -107,6 +125,20 @@ def _file(path: Path) -> list[str]:
             raise MissingDependency("reading .parquet calibration text", package="pyarrow", extra="datasets") from error
         return [str(text) for text in parquet.read_table(path, columns=["text"])["text"].to_pylist()]
     return [path.read_text(encoding="utf-8")]
+
+
+def _of_row(row: Any) -> Any:
+    """The text or the conversation of a line, None if it is neither."""
+    text, messages = (row.get("text"), row.get("messages")) if isinstance(row, dict) else (None, None)
+    if isinstance(text, str):
+        return text
+    if (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in messages)
+    ):
+        return messages
+    return None
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------------------
