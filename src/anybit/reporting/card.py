@@ -48,7 +48,7 @@ def card(facts: Facts) -> str:
 
 # {name}
 
-Quantized with [anybit](https://pypi.org/project/anybit/) {facts.versions["anybit"]}.
+Quantized with anybit {facts.versions["anybit"]}.
 
 | | |
 |---|---|
