@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -42,16 +41,14 @@ def test_compiles_for_cards(name: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from anybit.kernels._grids import Workspace
-    from anybit.kernels._programs import program_of
+    from anybit.kernels._programs import form_of
     from anybit.kernels.triton import grid as functions
-    from anybit.kernels.triton import programs, tuning
+    from anybit.kernels.triton import tuning
 
     weight = Weight(WEIGHTS[name]())
-    space = Workspace(weight)
-    leaf: Any = programs.build(
-        json.loads(json.dumps(program_of(weight.tree, space, programs.leaf_program), default=programs.plain))
-    )
+    kernel: Any = get("triton")
+    spec, tensors = kernel.prepare(weight)
+    leaf: Any = form_of(kernel, spec).program
     function = functions._product_kernel
     sizes = {"count", "X_ROW", "X_COLUMN", "Y_PART", "Y_ROW"}
     done = 0
@@ -61,7 +58,7 @@ def test_compiles_for_cards(name: str) -> None:
         tile = tuning.Tile(entry["inputs"], entry["rows"], entry["runs"], 1, entry["warps"], entry["stages"])
         x = torch.empty(tile.inputs, weight.shape[1], dtype=torch.bfloat16)
         y = torch.empty(tile.inputs, weight.shape[0], dtype=torch.bfloat16)
-        found = leaf.arguments(x, space.tensors, None, y, tile, 1, None)
+        found = leaf.arguments(x, tensors, None, y, tile, 1, None)
         pointers = {
             torch.float32: "*fp32",
             torch.bfloat16: "*bf16",

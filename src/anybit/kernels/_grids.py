@@ -123,7 +123,7 @@ class Workspace:
 # --- programs ------------------------------------------------------------------------------------------------------------
 
 
-def leaf_program(tree: Node, space: Workspace) -> dict[str, Any]:
+def grid_program(tree: Node, space: Workspace) -> dict[str, Any]:
     """The program of a grid and what lies closely around it; Refused if there is none."""
     if len(tree.shape) == 3 and has_group_index(tree):
         raise Refused("a stack of experts with an order of columns each; a matrix of that kind is accepted")

@@ -12,14 +12,19 @@ Anything else is a leaf, which is the kernel's own. Programs are plain data, par
 from __future__ import annotations
 
 import functools
+import json
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from anybit.kernels._grids import Refused, Workspace
-from anybit.weight import nodes
+from anybit.kernels._grids import Refused, Workspace, restored
+from anybit.kernels.base import Kernel
+from anybit.weight import Weight, nodes
+from anybit.weight.activation import RULES
 from anybit.weight.nodes import Node, hadamard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what leaves read and write
@@ -68,6 +73,77 @@ def any_leaf(program: dict[str, Any], wanted: Callable[[str, Any], bool]) -> boo
     if isinstance(content, dict) and "child" in content:
         return any_leaf(content["child"], wanted)
     return wanted(kind, content)
+
+
+# --- kernels of programs -------------------------------------------------------------------------------------------------------
+
+
+class ProgramKernel(Kernel):
+    """A kernel that runs programs: it brings the leaves."""
+
+    nested: ClassVar[bool] = False  # whether leaves read scales that are codes themselves; see Workspace
+
+    @abstractmethod
+    def leaf_program(self, tree: Node, space: Workspace) -> dict[str, Any]:
+        """The program of what is no composition; Refused if there is none."""
+
+    @abstractmethod
+    def leaf(self, kind: str, content: Any) -> Program:
+        """That program as it was written into a spec."""
+
+    def scheme_program(self, weight: Weight) -> dict[str, Any]:
+        """The program of a weight as far as it needs no numbers. Raises Refused."""
+        if weight.activation is not None and weight.activation.rule not in RULES:
+            raise Refused(f"activation rule {weight.activation.rule!r} is not registered")
+        scheme = weight.map(lambda tensor: tensor if tensor.device.type == "meta" else tensor.to("meta"))
+        return program_of(scheme.tree, Workspace(scheme, nested=self.nested), self.leaf_program)
+
+    def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
+        space = Workspace(weight, nested=self.nested)
+        program = program_of(weight.tree, space, self.leaf_program)
+        spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
+        return json.dumps(spec, default=asdict, separators=(",", ":")), space.tensors
+
+    def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
+        form = form_of(self, spec)
+        return restored(form.structure, tensors[: form.own], form.moved, tensors)
+
+    def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
+        form = form_of(self, spec)
+        if form.rule is not None:
+
+            def product(rows: Tensor) -> Tensor:
+                return form.program.linear(rows, tensors, None, torch.float32)
+
+            return RULES[form.rule](x, self.restore(spec, tensors), bias, product)
+        return form.program.linear(x, tensors, bias, x.dtype)
+
+    def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
+        program = form_of(self, spec).program
+        total = torch.zeros(gradient.shape[0], program.columns, dtype=torch.float32, device=gradient.device)
+        program.add_gradient(gradient, tensors, total)
+        return total.to(gradient.dtype)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A spec, read."""
+
+    structure: str
+    own: int
+    moved: dict[int, list[tuple[int, int]]]
+    rule: str | None
+    program: Program
+
+
+@functools.lru_cache(maxsize=4096)
+def form_of(kernel: ProgramKernel, spec: str) -> Form:
+    """What `prepare` wrote."""
+    parts = json.loads(spec)
+    activation = json.loads(parts["structure"]).get("activation")
+    moved = {int(slot): moves for slot, moves in parts["moved"].items()}
+    rule = activation and activation["rule"]
+    return Form(parts["structure"], parts["own"], moved, rule, build(parts["program"], kernel.leaf))
 
 
 # --- programs that run -------------------------------------------------------------------------------------------------------

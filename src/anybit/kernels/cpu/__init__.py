@@ -11,23 +11,19 @@ than native.MANY rows of input it rounds them to 8 bits, 32 columns sharing a sc
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anybit.errors import InvalidOption
-from anybit.kernels._grids import TABLE, Refused, Workspace, leaf_program, restored, rounds_inputs
-from anybit.kernels._programs import Program, any_leaf, build, program_of, readable
-from anybit.kernels.base import Kernel
+from anybit.kernels._grids import TABLE, Refused, Workspace, grid_program, rounds_inputs
+from anybit.kernels._programs import Program, ProgramKernel, any_leaf, form_of, readable
 from anybit.kernels.cpu import native
 from anybit.weight import Weight
-from anybit.weight.activation import RULES
+from anybit.weight.nodes import Node
 
 ACCURACY_VARIABLE = "ANYBIT_CPU_ACCURACY"
 _wanted: list[str] = []  # what `set_accuracy` was told last
@@ -52,7 +48,7 @@ def _checked(accuracy: str, where: str) -> str:
     return accuracy
 
 
-class CpuGrid(Kernel):
+class CpuGrid(ProgramKernel):
     """Grids of integer codes, of 16-entry tables and of 8-bit floats, straight from the packed bytes."""
 
     name = "cpu"
@@ -61,6 +57,7 @@ class CpuGrid(Kernel):
         "native code for grids of 1- to 8-bit codes: integers, 16-entry tables, FP8, bytes with any activation rule"
     )
 
+    nested = True
     fast = False
 
     def unavailable(self) -> str | None:
@@ -75,51 +72,28 @@ class CpuGrid(Kernel):
         """Why the tree is none of ours."""
         if device.type not in ("cpu", "meta"):
             return f"runs on the CPU, not on {device.type}"
-        if weight.activation is not None and weight.activation.rule not in RULES:
-            return f"activation rule {weight.activation.rule!r} is not registered"
-        scheme = weight.map(_on_meta)
         try:
-            program = program_of(scheme.tree, Workspace(scheme, nested=True), leaf_program)
+            program = self.scheme_program(weight)
         except Refused as reason:
             return str(reason)
         if self.fast and not any_leaf(program, rounds_inputs):
             return "no part of it has codes that are multiplied in bytes"
         return None
 
-    def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
-        space = Workspace(weight, nested=True)
-        program = program_of(weight.tree, space, leaf_program)
-        spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
-        return json.dumps(spec, default=asdict, separators=(",", ":")), space.tensors
+    def leaf_program(self, tree: Node, space: Workspace) -> dict[str, Any]:
+        return grid_program(tree, space)
 
-    def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
-        form = _form(spec, self.fast)
-        return restored(form.structure, tensors[: form.own], form.moved, tensors)
-
-    def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
-        form = _form(spec, self.fast)
-        if form.rule is not None:
-
-            def product(rows: Tensor) -> Tensor:
-                return form.program.linear(rows, tensors, None, torch.float32)
-
-            return RULES[form.rule](x, self.restore(spec, tensors), bias, product)
-        return form.program.linear(x, tensors, bias, x.dtype)
-
-    def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
-        program = _form(spec, self.fast).program
-        total = torch.zeros(gradient.shape[0], program.columns, dtype=torch.float32)
-        program.add_gradient(gradient, tensors, total)
-        return total.to(gradient.dtype)
+    def leaf(self, kind: str, content: Any) -> Leaf:
+        return Leaf(content, self.fast)
 
     def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
-        program = _form(spec, self.fast).program
+        program = form_of(self, spec).program
         if isinstance(program, Leaf):
             return program.take_rows(index, tensors)
         return super().take_rows(index, spec, tensors)
 
     def experts(self, x: Tensor, ends: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
-        form = _form(spec, self.fast)
+        form = form_of(self, spec)
         if form.rule is not None:
             return super().experts(x, ends, spec, tensors)
         form.program.check(x)
@@ -148,37 +122,6 @@ class CpuFast(CpuGrid):
 
 
 FAST = CpuFast()
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.device.type == "meta" else tensor.to("meta")
-
-
-# --- programs that run -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Form:
-    """A spec, read."""
-
-    structure: str
-    own: int
-    moved: dict[int, list[tuple[int, int]]]
-    rule: str | None
-    program: Program
-
-
-@functools.lru_cache(maxsize=4096)
-def _form(spec: str, fast: bool = False) -> Form:
-    parts = json.loads(spec)
-    activation = json.loads(parts["structure"]).get("activation")
-    return Form(
-        parts["structure"],
-        parts["own"],
-        {int(slot): moves for slot, moves in parts["moved"].items()},
-        activation and activation["rule"],
-        build(parts["program"], lambda _, grid: Leaf(grid, fast)),
-    )
 
 
 class Leaf(Program):

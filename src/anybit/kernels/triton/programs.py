@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybit.kernels._grids import Grid, Refused, Slot, Workspace
-from anybit.kernels._grids import leaf_program as grid_program
+from anybit.kernels._grids import Grid, Refused, Slot, Workspace, grid_program
 from anybit.kernels._programs import DTYPES, Program
-from anybit.kernels._programs import build as _build
 from anybit.kernels.triton.tuning import Tile, tile_for
 from anybit.weight import nodes
 from anybit.weight.nodes import Node
@@ -115,21 +113,14 @@ class _Scales(Workspace):
 # --- programs that run -------------------------------------------------------------------------------------------------------
 
 
-def build(program: dict[str, Any]) -> Program:
-    """A program as it was written into a spec."""
-    return _build(
-        program, lambda kind, content: Leaf(content["grid"], content) if kind == "codebook" else Leaf(content)
-    )
+def leaf(kind: str, content: Any) -> Leaf:
+    """A leaf as it was written into a spec."""
+    return Leaf(content["grid"], content) if kind == "codebook" else Leaf(content)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def plain(content: Any) -> Any:
-    """Dataclasses of a program as data, for json."""
-    return asdict(content)
 
 
 class Leaf(Program):
