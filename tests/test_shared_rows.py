@@ -124,3 +124,36 @@ def test_what_operations_on_dense_tensors_cannot_do_is_refused(tmp_path: Path) -
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnexpectedTensor, match=r"Wqkv\.weight' in .* is int8: bitsandbytes has it packed, .* by Chunk"):
         anybit.load(tmp_path, strict=False)
+
+
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_the_parts_of_a_fused_layer_are_joined_and_saved_as_they_came(method: str, tmp_path: Path) -> None:
+    """gptqmodel 7.6 takes Phi-3's gate_up_proj apart and writes the two parts."""
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=128,
+        pad_token_id=0,
+    )
+    transformers.Phi3Model(config).save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    fused = "layers.0.mlp.gate_up_proj.weight"
+    tensors = load_file(file)
+    gate, up = tensors.pop(fused).chunk(2)
+    kept = {name: tensor for name, tensor in tensors.items() if "embed" not in name}
+    parts = {"layers.0.mlp.gate_proj.weight": gate.contiguous(), "layers.0.mlp.up_proj.weight": up.contiguous()}
+    save_file({**kept, **parts}, file, {"format": "pt"})
+    stored, dense = pack(tmp_path / "packed", CONFIGS[method])
+    stored["embed_tokens.weight"] = tensors["embed_tokens.weight"]
+    save_file(stored, file, {"format": "pt"})
+
+    model: Any = anybit.load(tmp_path / "packed")
+    joined = model.get_submodule("layers.0.mlp.gate_up_proj").dequantize(torch.float32)
+    assert torch.equal(joined, torch.cat([dense["layers.0.mlp.gate_proj"], dense["layers.0.mlp.up_proj"]]))
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(raw(saved[name]) == raw(data) for name, data in stored.items())

@@ -33,6 +33,8 @@ Cut = tuple[str, int, int]  # (name of a stored unit, first row, rows of the uni
 # llmcompressor on transformers 5 takes experts apart under the class's new names, where the checkpoint's own are these
 OLDER_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _EXPERT = re.compile(r"(\.experts\.\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+# gptqmodel takes fused layers apart before it quantizes them (Phi-3) and saves the parts: part -> (layer, which of its rows)
+FUSED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
 
 
 @dataclass
@@ -267,12 +269,19 @@ class Names:
             found = self._parts[key] = self._find_part(key)
             return found
 
+    def _part_of_fused(self, renamed: str) -> tuple[str, Index] | None:
+        """Place a layer that a quantizer cut from a fused one, known by its own name."""
+        parent, _, last = renamed.removesuffix(".weight").rpartition(".")
+        fused, position = FUSED.get(last, ("", 0))
+        slot = f"{parent}.{fused}.weight"
+        return (slot, (None, position)) if slot in self.slots and self.slots[slot].kind == "linear" else None
+
     def _find_part(self, key: str) -> tuple[str, Index] | None:
         own = self._renamed(key)
         renamed, converter, pattern = self._rename(key, own)
         if renamed not in self.slots:
             older = _EXPERT.sub(lambda match: f"{match[1]}.{OLDER_NAMES[match[2]]}.weight", key)
-            return self._find_part(older) if older != key else None
+            return self._find_part(older) if older != key else self._part_of_fused(renamed)
         if converter is None:
             return renamed, WHOLE
         if not _keeps_parts(converter):
