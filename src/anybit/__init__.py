@@ -25,6 +25,7 @@ _NAMES = {
     "dequantize": "anybit.engine.dequantize",
     "convert": "anybit.engine.convert",
     "merge": "anybit.engine.merge",
+    "rotate": "anybit.engine.rotate",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
     "recommend": "anybit.engine.recommend",

@@ -60,6 +60,14 @@ def quantize(
             metavar="NAME=VALUE",
         ),
     ] = None,
+    rotate: Annotated[
+        str,
+        typer.Option(
+            "--rotate",
+            help="Turn the weights by Hadamard matrices first: r1+r2, or with r4 where the method can say so.",
+            metavar="NAMES",
+        ),
+    ] = "",
     samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Which rows are drawn.")] = 0,
@@ -107,7 +115,8 @@ def quantize(
     """
     if recipe is not None:
         given = {"--scheme": scheme, "--method": method, "--set": set_, "--config": config, "--calib": calib}
-        for option in [name for name, value in {**given, "--algorithm": algorithm}.items() if value]:
+        given = {**given, "--algorithm": algorithm, "--rotate": rotate}
+        for option in [name for name, value in given.items() if value]:
             raise UsageMistake(f"--recipe and {option} exclude each other; write it into the recipe")
     wanted = chosen(scheme, method, set_, config, required=recipe is None)
     if report_text is not None and not report:
@@ -144,6 +153,7 @@ def quantize(
                 calibration=calib,
                 algorithm=algorithm,
                 algorithm_options=dict(map(parse_setting, algorithm_set or [])),
+                rotate=rotate or False,
                 samples=samples,
                 sequence_length=sequence_length,
                 seed=seed,

@@ -148,9 +148,13 @@ def prepare(
     device_map: Any = None,
     allow_pickle: bool = False,
     hub_options: Mapping[str, Any] | None = None,
+    through: Callable[[Checkpoint, HfQuantizer | None], Checkpoint] | None = None,
     **model_options: Any,
 ) -> Prepared:
-    """Everything `load` decides before it reads data: the backend first, then the model without weights, then the plan."""
+    """Everything `load` decides before it reads data: the backend first, then the model without weights, then the plan.
+
+    `through`: how the checkpoint is seen, e.g. rotated.
+    """
     location = locate(path, allow_pickle=allow_pickle, **(hub_options or {}))
     folder = location if location.is_dir() else location.parent
     quantizer = read_quantizer(location, quantization_config)
@@ -168,6 +172,8 @@ def prepare(
     checkpoint, bundle = unbundled(checkpoint, quantizer)
     if quantizer is not None:
         checkpoint = quantizer.spelled_out(checkpoint)
+    if through is not None:
+        checkpoint = through(checkpoint, quantizer)
     own_config = config is None
     if config is None:
         config = skeleton.read_config(folder) if bundle is None else skeleton.config_of(bundle.config)

@@ -22,6 +22,8 @@ from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, Plan
 from anybit.engine.resume import Resume, difference, identity_of, source_identity
+from anybit.engine.rotation import Rotated, rotated, untied
+from anybit.engine.rotation import steps as rotations
 from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import CheckpointError, ConfigError
 from anybit.weight.layout import join_name
@@ -37,6 +39,7 @@ def quantize(
     calibration: Any = None,
     algorithm: str | None = None,
     algorithm_options: Mapping[str, Any] | None = None,
+    rotate: str | bool = False,
     samples: int = SAMPLES,
     sequence_length: int = LENGTH,
     seed: int = SEED,
@@ -57,8 +60,10 @@ def quantize(
     .jsonl or .parquet file, or token ids [samples, length]; `samples` rows of `sequence_length` tokens are drawn with `seed`),
     the method's calibrated `algorithm`, or the one named (several: "awq+gptq"), sees what each layer's inputs are; memory then
     is one decoder block and the samples' hidden states. A configuration with `dataset=[texts]` is calibrated with those.
-    `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq. `dtype`: of what stays dense
-    (default: as stored); `device`: where weights are quantized. `max_memory` ("8GB"): what the run may take beside the libraries.
+    `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq. `rotate`: "r1+r2" (True) turns the
+    weights by Hadamard matrices first, see `rotation`; NotRepresentable names a layer that cannot be turned. `dtype`: of what
+    stays dense (default: as stored); `device`: where weights are quantized. `max_memory` ("8GB"): what the run may take beside
+    the libraries.
     `announce` is told first what the run will take, and may return False to leave it at that.
     The source is never touched; `dst` appears only when it is complete. What a broken run did lies in DST.partial, and the same
     call goes on from there, to the same bytes; `restart` drops it.
@@ -67,15 +72,22 @@ def quantize(
     if quantization_config is None:
         raise ConfigError("quantize needs a configuration, e.g. BitsAndBytesConfig(load_in_4bit=True)")
     calibration, quantization_config, tokenizer = _asked_for(calibration, quantization_config)
-    ready = prepare(
-        src, quantization_config, dtype=dtype, device_map=device, allow_pickle=allow_pickle, hub_options=hub_options
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype, "device_map": device, "allow_pickle": allow_pickle, "hub_options": hub_options,
+    }  # fmt: skip
+    wanted, seen = rotations(rotate), Rotated()
+    if wanted:
+        plain = prepare(src, **options)
+        seen = rotated(plain, wanted)
+        options |= {"through": seen.through, "config": untied(plain.model.config, seen)}
+    ready = prepare(src, quantization_config, **options)
     assert ready.quantizer is not None
     if ready.quantizer.pre_quantized:
         raise ConfigError(
             f"{src} is already quantized with {ready.quantizer.method_name}; quantize starts from dense weights. "
             "Dequantize it first (anybit dequantize), or start from the original checkpoint"
         )
+    ready.plan.notes += seen.notes
     keep = dtype in ("auto", None)
     jobs: list[Job] = []
     done: set[str] = set()
@@ -106,7 +118,7 @@ def quantize(
             jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in stored_of(entry)]
     for infos in ready.plan.plain.values():
         jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in infos]
-    config = ready.quantizer.model_config(source_config(ready))
+    config = ready.quantizer.model_config({**source_config(ready), **seen.config})
     if not keep:
         config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
     jobs = _once(jobs)
@@ -124,7 +136,7 @@ def quantize(
     settings = {
         "configuration": ready.quantizer.quantization_config.to_dict(), "dtype": str(dtype), "device": str(device),
         "max_shard_size": max_shard_size, "algorithm": algorithm, "batch": own.batch,
-        "algorithm_options": dict(algorithm_options or {}),
+        "algorithm_options": dict(algorithm_options or {}), "rotate": "+".join(wanted),
         "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
     }  # fmt: skip
     metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -362,6 +363,17 @@ class CompressedTensorsHfQuantizer(HfQuantizer):
                 "experts; rotations of single experts are not supported"
             )
         return layout
+
+    def rotate_inputs(self, modules: Sequence[str], size: int) -> None:
+        endings = sorted({re.escape(name.rpartition(".")[2]) for name in modules})
+        targets = [f"re:.*\\.{ending}$" for ending in endings]
+        uses = [
+            {"targets": targets, "location": "input"},
+            {"targets": targets, "location": "weight_input", "inverse": True},
+        ]
+        group = {"type": "hadamard", "head_dim": size, "apply": uses}
+        self.quantization_config = copy.deepcopy(self.quantization_config)  # the caller's may be used for another model
+        self.quantization_config.transform_config = {"config_groups": {"R4": group}}
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         if not self.should_convert(module):

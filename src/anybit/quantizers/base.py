@@ -276,6 +276,16 @@ class HfQuantizer:
         """Options of `calibrated_algorithm` that the configuration sets."""
         return {}
 
+    def rotate_inputs(self, modules: Sequence[str], size: int) -> None:
+        """The inputs of these modules are to be multiplied by Hadamard matrices of `size` at run time; their weights are.
+
+        Called before `attach`, of a quantizer that makes a checkpoint. ConfigError where its files cannot say so.
+        """
+        raise ConfigError(
+            f"{self.method_name} checkpoints cannot say that {modules[0]} has a rotated input (r4). Leave r4 out, or use "
+            "compressed-tensors; higgs and fp_quant rotate the input of every layer by themselves"
+        )
+
     def claims(self, tensor_name: str) -> str | None:
         """Why a stored tensor that belongs to no weight may be ignored; None when it may not."""
         return None
