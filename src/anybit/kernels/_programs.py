@@ -25,6 +25,7 @@ from anybit.kernels._grids import Refused, Workspace, restored
 from anybit.kernels.base import Kernel
 from anybit.weight import Weight, nodes
 from anybit.weight.activation import RULES
+from anybit.weight.integer_products import scaled_product
 from anybit.weight.nodes import Node, hadamard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what leaves read and write
@@ -111,11 +112,13 @@ class ProgramKernel(Kernel):
     def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
         form = form_of(self, spec)
         if form.rule is not None:
+            weight = self.restore(spec, tensors)
 
             def product(rows: Tensor) -> Tensor:
-                return form.program.linear(rows, tensors, None, torch.float32)
+                whole = scaled_product(weight.tree, rows) if rows.dtype == torch.int8 else None
+                return form.program.linear(rows, tensors, None, torch.float32) if whole is None else whole
 
-            return RULES[form.rule](x, self.restore(spec, tensors), bias, product)
+            return RULES[form.rule](x, weight, bias, product)
         return form.program.linear(x, tensors, bias, x.dtype)
 
     def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from anybit.errors import CorruptFile, NoKernel, NotRepresentable
 from anybit.methods._bnb_4bit import check_finite, check_form
 from anybit.weight import nodes
 from anybit.weight.activation import Activation, activation_rule
+from anybit.weight.integer_products import exact_product
 from anybit.weight.layout import Layout, meta
 from anybit.weight.weight import Weight, row_chunks
 
@@ -82,13 +83,14 @@ def llm_int8(x: Tensor, weight: Weight, bias: Tensor | None, product: Any) -> Te
     largest = halves.abs().amax(1).to(torch.float32)
     codes = torch.round(halves * (127.0 / largest)[:, None]).nan_to_num_(0.0)  # a row of zeros, or one beyond float16
     codes[:, columns] = 0
+    codes = codes.to(torch.int8)
     found = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     start = 0
     for part in _row_parts(weight.tree):
         for first, last in row_chunks(*part.shape):
             rows = slice(first, last)
             stored, scales = part.child.codes.integers(rows, slice(0, part.shape[1])), part.child.scale.tensor[rows, 0]
-            sums = _integer_product(codes, stored)
+            sums = exact_product(codes, stored)
             own = sums * (largest[:, None] * scales[None]) * 6.200124e-05  # 1 / 127**2
             if bias is not None:
                 own += bias[start + first : start + last]
@@ -114,11 +116,3 @@ def _row_parts(tree: Any) -> list[Any]:
     raise NoKernel(
         f"LLM.int8 multiplies rows of 8-bit integers, not a {type(tree).__name__}; dequantize the weight first"
     )
-
-
-def _integer_product(left: Tensor, right: Tensor) -> Tensor:
-    """float32 integers [tokens, in] x int8 [rows, in] -> int32 [tokens, rows]. 1024 products of 7 bits are exact in float32."""
-    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
-    for a, b in zip(left.split(1024, 1), right.split(1024, 1)):
-        total += (a @ b.to(torch.float32).t()).to(torch.int32)
-    return total

@@ -103,7 +103,10 @@ def int8(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Te
         scale, zero = affine(*_extremes(numbers, how), first, last, how.symmetric, SMALLEST_INT8)
         scale = scale.to(torch.float32)
     codes = (torch.round(numbers * (1.0 / scale)) + zero).clamp_(first, last)
-    sums, own = product((codes - zero).to(torch.float32)), _row_scales(weight.tree)
+    integers = (
+        codes.to(torch.int8) if how.symmetric and STATIC_ZERO not in how.names else (codes - zero).to(torch.float32)
+    )
+    sums, own = product(integers), _row_scales(weight.tree)
     if own is None or x.dtype == torch.float32:
         return _finish(sums * scale.to(torch.float32), bias, x.dtype)
     # the peer rounds between the two scales
@@ -164,7 +167,7 @@ def int8_old(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -
     scale, _ = affine(low, high, -127, 127, True, 1e-5)
     scale = scale.to(torch.float32) if x.dtype == torch.float16 else scale
     codes = torch.round(x * (1.0 / scale)).clamp_(-127, 127)
-    sums, own = product(codes.to(torch.float32)), _row_scales(weight.tree)
+    sums, own = product(codes.to(torch.int8)), _row_scales(weight.tree)
     if own is None or x.dtype == torch.float32:
         return finish(sums * scale.to(torch.float32), bias, x.dtype)
     y = torch.round(sums / own).to(scale.dtype) * scale
