@@ -26,6 +26,7 @@ _NAMES = {
     "convert": "anybit.engine.convert",
     "merge": "anybit.engine.merge",
     "rotate": "anybit.engine.rotate",
+    "lora_init": "anybit.engine.loftq",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
     "recommend": "anybit.engine.recommend",

@@ -68,6 +68,11 @@ def quantize(
             metavar="NAMES",
         ),
     ] = "",
+    lora_init: Annotated[
+        str | None,
+        typer.Option("--lora-init", help="loftq: also a LoRA adapter that starts from what is lost.", metavar="NAME"),
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Of that adapter.", min=1, metavar="N")] = 16,
     samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
     sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Which rows are drawn.")] = 0,
@@ -115,7 +120,7 @@ def quantize(
     """
     if recipe is not None:
         given = {"--scheme": scheme, "--method": method, "--set": set_, "--config": config, "--calib": calib}
-        given = {**given, "--algorithm": algorithm, "--rotate": rotate}
+        given = {**given, "--algorithm": algorithm, "--rotate": rotate, "--lora-init": lora_init}
         for option in [name for name, value in given.items() if value]:
             raise UsageMistake(f"--recipe and {option} exclude each other; write it into the recipe")
     wanted = chosen(scheme, method, set_, config, required=recipe is None)
@@ -154,6 +159,8 @@ def quantize(
                 algorithm=algorithm,
                 algorithm_options=dict(map(parse_setting, algorithm_set or [])),
                 rotate=rotate or False,
+                lora_init=lora_init,
+                rank=rank,
                 samples=samples,
                 sequence_length=sequence_length,
                 seed=seed,

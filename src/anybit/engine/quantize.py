@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from anybit.engine.bundling import bundle_for, write_bundle
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared, Progress, prepare
+from anybit.engine.lora_start import ITERATIONS, RANK, Start
 from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, Plan
 from anybit.engine.resume import Resume, difference, identity_of, source_identity
-from anybit.engine.rotation import Rotated, rotated, untied
+from anybit.engine.rotation import FUSED, Rotated, rotated, untied
 from anybit.engine.rotation import steps as rotations
 from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import CheckpointError, ConfigError
@@ -40,6 +41,9 @@ def quantize(
     algorithm: str | None = None,
     algorithm_options: Mapping[str, Any] | None = None,
     rotate: str | bool = False,
+    lora_init: str | None = None,
+    rank: int = RANK,
+    lora_iterations: int = ITERATIONS,
     samples: int = SAMPLES,
     sequence_length: int = LENGTH,
     seed: int = SEED,
@@ -63,7 +67,8 @@ def quantize(
     `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq. `rotate`: "r1+r2" (True) turns the
     weights by Hadamard matrices first, see `rotation`; NotRepresentable names a layer that cannot be turned. `dtype`: of what
     stays dense (default: as stored); `device`: where weights are quantized. `max_memory` ("8GB"): what the run may take beside
-    the libraries.
+    the libraries. `lora_init` "loftq": DST/loftq_init gets a LoRA adapter of this `rank` that makes up for what is lost, found in
+    `lora_iterations` turns where no calibration data rounds (see `lora_start`).
     `announce` is told first what the run will take, and may return False to leave it at that.
     The source is never touched; `dst` appears only when it is complete. What a broken run did lies in DST.partial, and the same
     call goes on from there, to the same bytes; `restart` drops it.
@@ -72,6 +77,7 @@ def quantize(
     if quantization_config is None:
         raise ConfigError("quantize needs a configuration, e.g. BitsAndBytesConfig(load_in_4bit=True)")
     calibration, quantization_config, tokenizer = _asked_for(calibration, quantization_config)
+    start = None if lora_init is None else Start.of(lora_init, rank, lora_iterations, algorithm)
     options: dict[str, Any] = {
         "dtype": dtype, "device_map": device, "allow_pickle": allow_pickle, "hub_options": hub_options,
     }  # fmt: skip
@@ -88,6 +94,8 @@ def quantize(
             "Dequantize it first (anybit dequantize), or start from the original checkpoint"
         )
     ready.plan.notes += seen.notes
+    if start is not None:
+        start.check(ready.plan.entries)
     keep = dtype in ("auto", None)
     jobs: list[Job] = []
     done: set[str] = set()
@@ -113,7 +121,7 @@ def quantize(
         if entry.slot.parameter in done:
             continue
         if entry.action == "quantize":
-            jobs.append(_quantize_job(ready, entry, torch.device(device)))
+            jobs.append(_quantize_job(ready, entry, torch.device(device), start))
         else:
             jobs += [copy_job(ready.checkpoint, info, None if keep else ready.plan.dtype) for info in stored_of(entry)]
     for infos in ready.plan.plain.values():
@@ -132,11 +140,13 @@ def quantize(
     if bundled is not None:
         write_bundle(dst, jobs, bundled, force=force, progress=progress)
         ready.checkpoint.release()
+        _adapt(start, dst, src, options, wanted, force, progress)
         return ready.plan
     settings = {
         "configuration": ready.quantizer.quantization_config.to_dict(), "dtype": str(dtype), "device": str(device),
         "max_shard_size": max_shard_size, "algorithm": algorithm, "batch": own.batch,
         "algorithm_options": dict(algorithm_options or {}), "rotate": "+".join(wanted),
+        "lora_init": None if start is None else [start.rank, start.iterations],
         "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
     }  # fmt: skip
     metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
@@ -146,7 +156,30 @@ def quantize(
         force=force, progress=progress, resume=_resume(ready, source, settings, jobs, work, restart),
     )  # fmt: skip
     ready.checkpoint.release()
+    _adapt(start, dst, src, options, wanted, force, progress)
     return ready.plan
+
+
+def _adapt(
+    start: Start | None,
+    dst: Any,
+    src: Any,
+    options: Mapping[str, Any],
+    turned: Sequence[str],
+    force: bool,
+    progress: Any,
+) -> None:
+    """The adapter beside the finished base. What is rotated at run time is not rotated for the adapter."""
+    if start is None:
+        return
+    from anybit.engine.loftq import lora_init
+
+    own = {name: options[name] for name in ("allow_pickle", "hub_options")}
+    fused = tuple(step for step in turned if step in FUSED)
+    through = rotated(prepare(src, **own), fused).through if fused else None
+    lora_init(
+        dst, src, rank=start.rank, device=options["device_map"], force=force, progress=progress, through=through, **own
+    )
 
 
 def _resume(
@@ -199,7 +232,7 @@ def _asked_for(calibration: Any, config: Any) -> tuple[Any, Any, Any]:
     return (texts if calibration is None else calibration), own, tokenizer
 
 
-def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
+def _quantize_job(ready: Prepared, entry: Entry, device: torch.device, start: Start | None = None) -> Job:
     specs: dict[str, Spec] = {}
     shrinking: set[str] = set()
     for part in entry.parts:
@@ -212,7 +245,11 @@ def _quantize_job(ready: Prepared, entry: Entry, device: torch.device) -> Job:
         made: dict[str, Tensor] = {}
         for part in entry.parts:
             assert part.layout is not None
-            weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+            weight = (
+                make_weight(ready.model, entry, part, ready.checkpoint, device)
+                if start is None
+                else start.base(ready, entry, part, device)
+            )
             for own, tensor in part.layout.encode(weight).items():
                 made[join_name(part.prefix, own)] = tensor.cpu()
         ready.checkpoint.release()

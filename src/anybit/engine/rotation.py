@@ -33,6 +33,7 @@ from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.bundle import Derived
 
 STEPS = {"r1": "residual stream", "r2": "heads of v and o", "r4": "input of down_proj, at run time"}
+FUSED = ("r1", "r2")  # the others happen at run time
 READERS = re.compile(
     r"self_attn\.(q|k|v|qkv)_proj\.weight|(mlp|block_sparse_moe)\.((shared_experts?\.)?(gate|up|gate_up)_proj\.weight"
     r"|gate\.weight|experts\.gate_up_proj|shared_expert_gate\.weight)"
@@ -52,7 +53,7 @@ JOINING = {"MergeModulelist", "Concatenate"}  # operations on stored tensors tha
 def steps(text: str | bool) -> tuple[str, ...]:
     """The steps that "r1+r2" names, in order; True: all that can be fused. InvalidOption for an unknown one."""
     if text is True:
-        return ("r1", "r2")
+        return FUSED
     found = [] if text is False else [step.strip().lower() for step in str(text).split("+")]
     for step in found:
         if step not in STEPS:
