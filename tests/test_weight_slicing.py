@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from test_weight_nodes import assert_equal, part_of
 
 from anybit.errors import NotRepresentable
+from anybit.kernels.reference import multiply
 from anybit.testing import strategies
 from anybit.weight import nodes
-from anybit.weight.activation import Activation
+from anybit.weight.activation import Activation, activation_rule
 from anybit.weight.joining import join_rows, split_rows, stack, unstack
 from anybit.weight.slicing import slice_columns, slice_rows
 from anybit.weight.weight import Weight, same
@@ -202,8 +204,34 @@ def test_input_scales_follow_their_expert() -> None:
     assert [float(weight.activation["input_scale"]) for weight in unstack(whole)] == [1.0, 2.0, 3.0]
     for ours, part in zip(unstack(whole), parts, strict=True):
         assert same(ours, part)
-    with pytest.raises(NotRepresentable, match="input_scale"):
-        join_rows(parts)
+
+
+@activation_rule("tests.times")
+def times(x: torch.Tensor, weight: Weight, bias: Any, product: Any) -> torch.Tensor:
+    """An input quantization of which one can see the static scale."""
+    assert weight.activation is not None
+    return product(x * weight.activation["input_scale"])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scales", [(2.0, 2.0), (2.0, 3.0)])
+def test_parts_with_static_scales_of_their_own_stay_apart(scales: tuple[float, float]) -> None:
+    """Gate and up of an expert: each part of the rows sees the input by its own scale, joined, cut and stacked."""
+
+    def part(rows: int, scale: float) -> Weight:
+        own = Activation("tests.times", granularity="tensor", names=("input_scale",), tensors=(torch.tensor(scale),))
+        return Weight(grid(rows, 64, (1, 16), int(10 * scale) + rows), activation=own)
+
+    parts = [part(8, scales[0]), part(24, scales[1])]
+    whole, x = join_rows(parts), torch.randn(5, 64)
+    wanted = torch.cat([x @ own.to_dense().T * scale for own, scale in zip(parts, scales)], dim=1)
+    assert torch.allclose(multiply(whole, x, None), wanted, rtol=1e-5, atol=1e-4)
+    assert all(same(own, back) for own, back in zip(parts, split_rows(whole, [8, 24])))
+    cut = slice_rows(whole, 4, 20)
+    assert torch.allclose(multiply(cut, x, None), wanted[:, 4:20], rtol=1e-5, atol=1e-4)
+    assert same(Weight.build(whole.structure(), whole.tensors), whole)
+    stacked = stack([whole, join_rows([part(8, 5.0), part(24, 7.0)])])
+    assert torch.allclose(multiply(stacked.select(0), x, None), wanted, rtol=1e-5, atol=1e-4)
+    assert [float(own["input_scale"]) for own in stacked.select(1).activation.parts] == [5.0, 7.0]  # type: ignore[union-attr]
 
 
 def test_weights_that_cannot_be_one() -> None:

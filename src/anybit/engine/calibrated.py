@@ -20,8 +20,9 @@ from anybit.engine.budget import BATCH
 from anybit.engine.calibration import Calibrator, Observed, listening
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared
-from anybit.engine.materialize import dense_part, set_tensor
-from anybit.engine.plan import Entry, PlannedPart
+from anybit.engine.materialize import covering, dense_part, set_tensor
+from anybit.engine.measuring import Ranges
+from anybit.engine.plan import Entry, PlannedPart, is_static, refuse_unmeasured
 from anybit.engine.quantize import copy_job
 from anybit.engine.write import Job, Spec
 from anybit.errors import AnybitError, CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable, located
@@ -49,12 +50,14 @@ def calibrated_jobs(
     """
     assert ready.quantizer is not None
     name = algorithm or ready.quantizer.calibrated_algorithm
-    if name is None:
+    measurements = ready.quantizer.measurements(ready.model)
+    static = bool(measurements) or any(map(is_static, ready.plan.entries))
+    if name is None and not static:
         raise ConfigError(
             f"{ready.quantizer.method_name} has no calibrated algorithm of its own; name one, e.g. algorithm='gptq', or leave "
             "out calibration"
         )
-    steps = algorithms.steps(name)
+    steps = algorithms.steps(name) if name is not None else algorithms.Steps((), None)
     options = ready.quantizer.calibration_options() if steps.rounding == ready.quantizer.calibrated_algorithm else {}
     options = {**options, **(algorithm_options or {})}
     calibrator = Calibrator(ready, tokens, device, batch, work or Work())
@@ -65,7 +68,9 @@ def calibrated_jobs(
         if options.get("order") == "columns" and not options.get("static_groups"):
             for entry in entries:
                 entry.parts = [replace(part, layout=_ordered(part.layout)) for part in entry.parts]
-        block = _Block(ready, calibrator, number, steps, options, dtype)
+        start = calibrator.names(number) + "."
+        inside = {path: found for path, found in measurements.items() if path.startswith(start)}
+        block = _Block(ready, calibrator, number, steps, options, dtype, Ranges(entries, inside))
         specs: dict[str, Spec] = {}
         for entry in entries:
             for part in entry.parts:
@@ -73,9 +78,21 @@ def calibrated_jobs(
                 specs |= {join_name(part.prefix, own): spec for own, spec in part.layout.specs().items()}
         if steps.foldings:
             specs |= {name: spec for job in block.plain_jobs() for name, spec in job.specs.items()}
+        specs |= block.ranges.specs(calibrator.entries(number))
         covered |= {entry.slot.parameter for entry in entries}
         jobs.append(Job(calibrator.names(number), specs, block.make))
+    blocks = tuple(calibrator.names(number) + "." for number in range(len(calibrator.blocks)))
+    refuse_unmeasured(
+        [entry for entry in ready.plan.entries if entry.slot.parameter not in covered],
+        {path: found for path, found in measurements.items() if not path.startswith(blocks)},
+    )
     return jobs, covered
+
+
+def _target(layout: Layout) -> Weight:
+    """What an algorithm is to fill: static scales of inputs are measured, not chosen."""
+    scheme = layout.scheme()
+    return replace(scheme, activation=None) if layout.static_inputs() else scheme
 
 
 def _ordered(layout: Layout | None) -> Layout:
@@ -95,6 +112,7 @@ class _Block:
     steps: algorithms.Steps
     options: dict[str, Any]
     dtype: torch.dtype | None
+    ranges: Ranges
     dense: dict[str, Tensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)  # norms and biases that foldings changed, by parameter
     made: dict[str, Tensor] = field(default_factory=dict)
@@ -105,13 +123,14 @@ class _Block:
         self.calibrator.run(
             self.number,
             self._round,
-            fold=self._fold if self.steps.foldings else None,
+            fold=self._before if self.steps.foldings or self.ranges else None,
             train=self._train if training else None,
             observe=not training and self.steps.rounding is not None,
         )
         if self.steps.foldings:
             for job in self.plain_jobs():
                 self.made.update(job.make())
+        self.made.update(self.ranges.tensors(self.calibrator.entries(self.number)))
         self.ready.checkpoint.release()
         made = dict(self.made)
         for kept in (self.made, self.dense, self.plain):
@@ -165,15 +184,14 @@ class _Block:
         oriented = dense.transpose(-1, -2).contiguous() if entry.slot.transposed else dense
         set_tensor(self.ready.model, entry.slot.parameter, oriented.to(self.ready.plan.dtype), self.calibrator.device)
 
-    def _store(self, part: PlannedPart, weight: Weight) -> Tensor:
+    def _store(self, entry: Entry, part: PlannedPart, weight: Weight) -> Tensor:
         """Keep a unit's stored tensors; the dense weight that they stand for."""
         assert part.layout is not None
-        stored = part.layout.encode(weight)
+        stored = part.layout.encode(self.ranges.measured(entry, part, weight))
         self.made.update({join_name(part.prefix, name): tensor.cpu() for name, tensor in stored.items()})
         return part.layout.decode(stored).to_dense(torch.float32)
 
-    @staticmethod
-    def _nearest(part: PlannedPart, dense: Tensor) -> Weight:
+    def _nearest(self, part: PlannedPart, dense: Tensor) -> Weight:
         """As the layout rounds without calibration."""
         layout = part.layout
         assert layout is not None
@@ -182,7 +200,8 @@ class _Block:
                 f"{part.prefix}: {type(layout).__name__} has no rounding of its own; name one, e.g. algorithm='gptq'"
             )
         try:
-            return algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
+            options = covering(layout, part.prefix, self.ready.checkpoint, self.dense).algorithm_options()
+            return algorithms.get(layout.algorithm)(dense, _target(layout), **options)
         except AnybitError as error:
             raise located(error, part.prefix) from error.__cause__
 
@@ -204,7 +223,7 @@ class _Block:
             else:
                 weight, cold = self._unit(part, dense, observed[part.index[0]])
                 few, total = few + cold, total + 1
-            rows.setdefault(part.index[0], []).append(self._store(part, weight))
+            rows.setdefault(part.index[0], []).append(self._store(entry, part, weight))
         self._explain(entry, observed, few, total)
         experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
         made = experts[0] if None in rows else torch.stack(experts)
@@ -216,7 +235,7 @@ class _Block:
         assert layout is not None
         if seen.tokens < self._enough and layout.algorithm is not None:
             return self._nearest(part, dense), True
-        return self._observed(part, dense, layout.scheme(), seen), False
+        return self._observed(part, dense, _target(layout), seen), False
 
     def _observed(self, part: PlannedPart, dense: Tensor, target: Weight, seen: Observed) -> Weight:
         assert part.layout is not None
@@ -235,7 +254,7 @@ class _Block:
     def _stack(self, part: PlannedPart, dense: Tensor, observed: Mapping[int | None, Observed]) -> tuple[Weight, int]:
         """Every expert by what it saw, together one stack; and how many saw too little."""
         assert part.layout is not None
-        target = part.layout.scheme()
+        target = _target(part.layout)
         if part.layout.algorithm is None:
             raise NotRepresentable(
                 f"{part.prefix}: experts of {type(part.layout).__name__} cannot be calibrated one by one"
@@ -275,7 +294,7 @@ class _Block:
                 assert part.layout is not None
                 known = {**part.layout.algorithm_options(), "symmetric": getattr(part.layout, "symmetric", False)}
                 known = {name: value for name, value in known.items() if name in ("ranges", "symmetric")}
-                target = part.layout.scheme()
+                target = _target(part.layout)
                 matrices = (
                     [(dense, target)] if dense.dim() == 2 else [(own, target.select(n)) for n, own in enumerate(dense)]
                 )
@@ -320,7 +339,7 @@ class _Block:
             for part, own in parts:
                 weights = [rounding.weight() for rounding in own]
                 made = weights[0] if len(part.layout.shape) == 2 else _stacked(weights)  # type: ignore[union-attr]
-                finished.append((part, self._store(part, made)))
+                finished.append((part, self._store(wanted[key], part, made)))
             entry = wanted[key]
             set_tensor(self.ready.model, key, _assembled(entry, finished), self.calibrator.device)
             self._note(
@@ -331,6 +350,17 @@ class _Block:
             set_tensor(block, name, tensor.detach().to(dtypes[name]), self.calibrator.device)
 
     # --- folding ----------------------------------------------------------------------------------------------------------
+
+    def _before(self, wanted: Mapping[str, Entry]) -> None:
+        """Foldings, then a pass that measures what static scales depend on."""
+        if self.steps.foldings:
+            self._fold(wanted)
+        if self.ranges:
+            with self.ranges.listening(self.ready.model):
+                for _ in self.calibrator.forward(self.number):
+                    pass
+            for entry in self.ranges.entries:
+                self._note(entry, f"its input measured on {self.calibrator.tokens.numel()} tokens")
 
     def _fold(self, wanted: Mapping[str, Entry]) -> None:
         """Run every folding over the block, and clip where an algorithm does."""

@@ -148,12 +148,13 @@ def prepare(
     device_map: Any = None,
     allow_pickle: bool = False,
     hub_options: Mapping[str, Any] | None = None,
+    calibrated: bool = False,
     through: Callable[[Checkpoint, HfQuantizer | None], Checkpoint] | None = None,
     **model_options: Any,
 ) -> Prepared:
     """Everything `load` decides before it reads data: the backend first, then the model without weights, then the plan.
 
-    `through`: how the checkpoint is seen, e.g. rotated.
+    `calibrated`: there are data to measure static scales on. `through`: how the checkpoint is seen, e.g. rotated.
     """
     location = locate(path, allow_pickle=allow_pickle, **(hub_options or {}))
     folder = location if location.is_dir() else location.parent
@@ -189,7 +190,7 @@ def prepare(
         quantizer.attach(model, checkpoint, names.path_of)
         names.state = dict(model.state_dict())
         quantizer.begin(model, list(slots.values()))
-    made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict)
+    made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict, calibrated)
     own_config = own_config and type(model).__name__ in (config.architectures or [type(model).__name__])
     return Prepared(model, made, checkpoint, names, quantizer, folder, own_config, bundle)
 

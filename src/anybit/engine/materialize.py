@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from anybit.engine.skeleton import Slot
 from anybit.errors import AnybitError, CalibrationNeeded, located
 from anybit.modules import PackedWeight, Part, QuantEmbedding, QuantExperts, QuantLinear, TiedLinear
 from anybit.quantizers.attachments import carry_over
-from anybit.weight import Weight
+from anybit.weight import Layout, Weight
+from anybit.weight.layout import join_name
 from anybit.weight.row_cut import RowCutLayout
 
 
@@ -45,9 +47,26 @@ def make_weight(
                 "quantize it with an algorithm that takes calibration data"
             )
         dense = dense_part(model, entry, part, checkpoint).to(device)
-        return algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
+        options = covering(layout, part.prefix, checkpoint).algorithm_options()
+        return algorithms.get(layout.algorithm)(dense, layout.scheme(), **options)
     except AnybitError as error:
         raise located(error, f"{part.prefix} ({next(iter(part.stored.values())).file})") from error.__cause__
+
+
+def covering(
+    layout: Layout, prefix: str, checkpoint: Checkpoint, changed: Mapping[str, Tensor] | None = None
+) -> Layout:
+    """The layout of the unit `prefix`, its largest scale covering the layers that engines join with it.
+
+    `changed`: dense weights, by name, that are no longer as the checkpoint has them.
+    """
+    found = [0.0]
+    for own in layout.alongside:
+        name = join_name(prefix.rpartition(".")[0], f"{own}.weight")
+        if name in checkpoint.tensors:
+            dense = changed[name] if changed and name in changed else checkpoint.read(name)
+            found.append(max(abs(float(number)) for number in torch.aminmax(dense)))
+    return layout.covering(max(found)) if layout.alongside else layout
 
 
 def dense_part(model: nn.Module, entry: Entry, part: PlannedPart, checkpoint: Checkpoint) -> Tensor:

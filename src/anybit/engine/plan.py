@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from anybit.containers import Checkpoint, TensorInfo
 from anybit.engine.names import WHOLE, Conversion, Cut, Index, Names, Sorted
 from anybit.engine.names import Part as NamedPart
 from anybit.engine.skeleton import Slot
-from anybit.errors import MissingTensor, ShapeMismatch, UnexpectedTensor, did_you_mean
+from anybit.errors import CalibrationNeeded, MissingTensor, ShapeMismatch, UnexpectedTensor, did_you_mean
 from anybit.kernels import Choice, choose
 from anybit.modules.packed import joined
 from anybit.quantizers.base import HfQuantizer
+from anybit.quantizers.measurement import Measurement
 from anybit.weight import Layout, ModuleInfo
 from anybit.weight.layout import join_name
 from anybit.weight.row_cut import RowCutLayout
@@ -190,11 +191,13 @@ def build_plan(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     strict: bool = True,
+    calibrated: bool = False,
 ) -> Plan:
     """Place every stored tensor, choose a layout and a kernel for every weight.
 
-    `dtype`: of the model; what floating-point tensors that stay dense become. Raises MissingTensor, UnexpectedTensor,
-    ShapeMismatch, or what the quantizer finds contradictory; with `strict` False unexpected tensors are named as ignored.
+    `dtype`: of the model; what floating-point tensors that stay dense become. `calibrated`: there are data to measure static
+    scales on. Raises MissingTensor, UnexpectedTensor, ShapeMismatch, CalibrationNeeded, or what the quantizer finds
+    contradictory; with `strict` False unexpected tensors are named as ignored.
     """
     sorted_names = names.sort(checkpoint.tensors)
     tied = _tied_keys(model, sorted_names)
@@ -240,7 +243,27 @@ def build_plan(
             plan.add_missing(key, strict)
     for key in plan.missing:
         plan.plain_bytes[key] = names.state[key].numel() * plan.dtypes[key].itemsize
+    if quantizer is not None and not quantizer.pre_quantized and not calibrated:
+        refuse_unmeasured(plan.entries, quantizer.measurements(model))
     return plan
+
+
+def is_static(entry: Entry) -> bool:
+    """Whether a weight that is to be quantized has static scales of its input."""
+    layouts = {part.layout for part in entry.parts if part.layout is not None} if entry.action == "quantize" else set()
+    return any(layout.static_inputs() for layout in layouts)
+
+
+def refuse_unmeasured(entries: Iterable[Entry], measurements: Mapping[str, Measurement]) -> None:
+    """CalibrationNeeded where something is to be stored that only data tells, and there is none."""
+    names = [f"the scale of the input of {entry.slot.module}" for entry in entries if is_static(entry)]
+    names += [f"{', '.join(own.specs)} of {path}" for path, own in measurements.items()]
+    if names:
+        raise CalibrationNeeded(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: static scales are measured on data, and "
+            "quantizing at load has none. Make the checkpoint with `quantize(..., calibration=...)` (--calib), or choose a "
+            "scheme whose inputs, outputs and cache are quantized dynamically or not at all"
+        )
 
 
 def _tied_keys(model: nn.Module, sorted_names: Sorted) -> dict[str, str]:

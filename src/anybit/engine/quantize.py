@@ -86,7 +86,7 @@ def quantize(
         plain = prepare(src, **options)
         seen = rotated(plain, wanted)
         options |= {"through": seen.through, "config": untied(plain.model.config, seen)}
-    ready = prepare(src, quantization_config, **options)
+    ready = prepare(src, quantization_config, calibrated=calibration is not None, **options)
     assert ready.quantizer is not None
     if ready.quantizer.pre_quantized:
         raise ConfigError(

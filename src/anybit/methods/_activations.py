@@ -2,18 +2,23 @@
 
     e4m3_token      one scale for each token        e4m3_group      for each run of `group_size` inputs of a token
     e4m3_static     one stored scale                mx_e4m3         powers of two for each `group_size` inputs
+    int8_static     one stored scale, integers      mx_e2m1         the same with four bits
+    e4m3_tensor     one scale for all tokens of a call
     nvfp4           E4M3 scales for each `group_size` inputs below a stored scale of scales
+
+The static ones also exist with "_prescaled" behind their names: a stored factor for each input comes first.
 
 A scale is a factor of the product (`sum(q * w) * scale`), and the order of its float32 roundings is all that is left open.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
-from anybit.weight.activation import Activation, Product, activation_rule
+from anybit.weight.activation import RULES, Activation, Product, activation_rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +96,29 @@ def e4m3_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Product
     return finish(product(minifloat.nearest(x.to(torch.float32) / scale, "e4m3")) * scale, bias, x.dtype)
 
 
+@activation_rule("e4m3_tensor")
+def e4m3_tensor(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
+    """s = max|x| / 448 of all tokens together."""
+    numbers = x.to(torch.float32)
+    largest = numbers.abs().amax() if numbers.numel() else numbers.new_zeros(())
+    scale = torch.where(largest > 0, largest / TOP, 1.0)
+    return finish(product(minifloat.nearest(numbers / scale, "e4m3")) * scale, bias, x.dtype)
+
+
+@activation_rule("int8_static")
+def int8_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
+    """One stored scale; integers from -128 to 127."""
+    scale = _activation(weight).tensors[0].to(torch.float32).reshape(())
+    codes = (x.to(torch.float32) / scale).round().clamp(-128, 127)
+    return finish(product(codes) * scale, bias, x.dtype)
+
+
+@activation_rule("mx_e2m1")
+def mx_e2m1(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
+    """2**ceil(log2(max|x| / 6)) of each run of inputs of each token."""
+    return finish(product(rounded_powers(x, _group_size(weight), "e2m1", 6.0)), bias, x.dtype)
+
+
 @activation_rule("mx_e4m3")
 def mx_e4m3(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
     """2**ceil(log2(max|x| / 448)) of each run of inputs of each token."""
@@ -102,3 +130,12 @@ def nvfp4(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> T
     """s = e4m3(max|x| / 6 / common) * common of each run of inputs, `common` stored and a multiplier."""
     common = _activation(weight).tensors[0].to(torch.float32).reshape(())
     return finish(product(rounded_nvfp4(x, _group_size(weight), common)), bias, x.dtype)
+
+
+def _prescaled(x: Tensor, weight: Weight, bias: Tensor | None, product: Product, *, base: str) -> Tensor:
+    """Inputs times the last of the stored tensors [in], in their dtype, then the rule `base`."""
+    return RULES[base](x * _activation(weight).tensors[-1].to(x.dtype), weight, bias, product)
+
+
+for _base in ("e4m3_static", "int8_static", "nvfp4"):
+    activation_rule(f"{_base}_prescaled")(partial(_prescaled, base=_base))

@@ -1,15 +1,14 @@
-"""ModelOpt: its layouts, and which one a module has or gets."""
+"""ModelOpt: its layouts, and which one a module has or gets. Integers: see `_modelopt_integers`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
-from anybit.errors import CalibrationNeeded, NotRepresentable
+from anybit.errors import InvalidOption
 from anybit.methods._activations import TOP
 from anybit.methods._float_evidence import (
     FLOATS,
@@ -22,28 +21,37 @@ from anybit.methods._float_evidence import (
     nvfp4_layout,
     read_scale,
 )
-from anybit.methods._scaled_floats import Inputs, NvFp4Layout, ScaledFloatLayout, Spec, check_form, require_scale
-from anybit.weight.layout import Layout, ModuleInfo, meta
-from anybit.weight.nodes import Codes, Grid, Node, Scaled, Values
-from anybit.weight.weight import Weight
+from anybit.methods._modelopt_integers import PRE_SCALE, Int4AwqLayout, Int8Layout
+from anybit.methods._scaled_floats import (
+    Inputs,
+    NvFp4Layout,
+    ScaledFloatLayout,
+    Spec,
+    joined_with,
+    nvfp4_scales,
+)
+from anybit.weight.layout import Layout, ModuleInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INPUT_SCALE: Spec = ("input_scale", "float32", ())
-PRE_SCALE = "pre_quant_scale"
 TILES = (128, 128)
-EXPERT = re.compile(r"\.experts\.\d+\.")
-# read by ModelOpt's own engines in ways that could not be checked
-UNVERIFIED = ("W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "NVFP4_SVD", "INT8_SQ", "INT8_WO")
-STATIC = ("FP8", "NVFP4", "NVFP4_AWQ", "W4A8_AWQ")  # their inputs have stored scales
-KNOWN = (
-    "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A16_AWQ", "W4A8_AWQ",
+STATIC = (  # their inputs have stored scales
+    "FP8", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A8_AWQ", "W4A8_NVFP4_FP8", "W8A8_SQ_PER_CHANNEL",
 )  # fmt: skip
-
+MADE = (
+    "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_NVFP4_FP8",
+    "W4A8_MXFP4_FP8", "MXFP4", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL",
+)  # fmt: skip
 # names that the same tensors go by
 SAME_TENSORS = {
-    ("NVFP4_AWQ", "NVFP4"), ("W4A16_NVFP4_AWQ", "W4A16_NVFP4"), ("FP8_BLOCK", "FP8_PB_WO"), ("FP8_PB_REAL", "FP8_PB_WO"),
+    ("NVFP4_AWQ", "NVFP4"), ("NVFP4_SVD", "NVFP4"), ("W4A16_NVFP4_AWQ", "W4A16_NVFP4"), ("FP8_BLOCK", "FP8_PB_WO"),
+    ("FP8_PB_REAL", "FP8_PB_WO"), ("INT8_SQ", "W8A8_SQ_PER_CHANNEL"), ("INT8_WO", "W8A16"),
+}  # fmt: skip
+# foldings and roundings that ModelOpt's recipe of the name runs on calibration data
+RECIPES = {
+    "W4A16_AWQ": "awq", "W4A8_AWQ": "awq", "NVFP4_AWQ": "awq", "W8A8_SQ_PER_CHANNEL": "smoothquant",
 }  # fmt: skip
 
 
@@ -55,97 +63,48 @@ class ModelOptFp8Layout(ScaledFloatLayout):
     """E4M3 codes; one scale for the matrix, for each row, for each block (stored as tiles), or powers of two."""
 
     def algorithm_options(self) -> dict[str, object]:
-        if self.scale_dtype in POWERS:
+        if self.block != WHOLE:
             return {"rule": self.scales}
-        return {"rule": self.scales, "quotient": self.dtype}  # ModelOpt divides in the model's dtype
+        return {
+            "rule": self.scales,
+            "quotient": self.dtype,
+        }  # one number does not widen a division in the model's dtype
 
     def scales(self, largest: Tensor) -> minifloat.Scales:
-        """max / 448, for MXFP8 rounded up to a power of two; 1 for an empty block."""
+        """max / 448, for MXFP8 rounded up to a power of two; 1 for an empty block, 2**-127 where they are powers."""
         if self.scale_dtype in POWERS:
-            exponents = minifloat.e8m0(largest / TOP, "ceil").masked_fill(largest == 0, 127)
-            return minifloat.Scales(minifloat.e8m0_numbers(exponents))
+            return powers(largest / TOP)
         return minifloat.Scales((largest / TOP).masked_fill(largest == 0, 1.0))
 
 
 @dataclass(frozen=True)
-class Int4AwqLayout(Layout):
-    """Four-bit integers and a scale for each group of inputs, packed along the output.
+class ModelOptMxFp4Layout(ScaledFloatLayout):
+    """E2M1 codes, low nibble first, and a power of two for each group of 32 inputs. Half way goes towards zero."""
 
-    weight uint8 [out/2, in]: byte [r, i] holds row 2r in its low nibble and row 2r + 1 in its high one, two's complement.
-    `second`: W4A8 stores weight_scale_2 and input_scale as well. `prescaled`: pre_quant_scale is part of the weight, where
-    the input cannot be scaled by a hook.
-    """
-
-    group_size: int = 128
-    scale_dtype: str = "float32"
-    inputs: Inputs | None = None
-    second: bool = False
-    prescaled: str | None = None
-
-    algorithm: ClassVar[str] = "rtn"
+    levels: str = "e2m1"
+    block: tuple[int, int] = MX
+    weight_dtype: str = "uint8"
+    scale_dtype: str = "uint8"
 
     def algorithm_options(self) -> dict[str, object]:
-        return {"symmetric": True}
+        return {"rule": self.scales, "ties": "zero"}
 
-    @property
-    def scale_spec(self) -> tuple[int, int]:
-        return (self.shape[0], -(-self.shape[1] // self.group_size))
+    def scales(self, largest: Tensor) -> minifloat.Scales:
+        return powers(largest / 6.0)
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
-        rows, columns = self.shape
-        packed = self.take(tensors, "weight", "uint8", (rows // 2, columns))
-        scale = self.take(tensors, "weight_scale", self.scale_dtype, self.scale_spec)
-        require_scale("weight_scale", scale)
-        stored = [self.take(tensors, *spec) for spec in (self.inputs.stored if self.inputs is not None else ())]
-        extras = {"weight_scale_2": self.take(tensors, "weight_scale_2", "float32", ())} if self.second else {}
-        pre = self.take(tensors, PRE_SCALE, self.prescaled, (columns,)) if self.prescaled is not None else None
-        for name, tensor in (("input_scale", stored), ("weight_scale_2", list(extras.values())), (PRE_SCALE, [pre])):
-            for one in tensor:
-                if one is not None:
-                    require_scale(name, one)
-        codes = torch.stack([packed & 15, packed >> 4], dim=1).view(rows, columns)
-        return self._weight(Codes.of(codes, 4, signed=True), scale, pre, tuple(stored), extras)
 
-    def _weight(
-        self, codes: Codes, scale: Tensor, pre: Tensor | None, inputs: tuple[Tensor, ...], extras: Mapping[str, Tensor]
-    ) -> Weight:
-        tree: Node = Grid(codes, Values(scale), block=(1, self.group_size))
-        if pre is not None:
-            tree = Scaled(tree, Values(pre.reshape(1, -1)))
-        activation = self.inputs.activation(inputs) if self.inputs is not None else None
-        return Weight(tree, self.dtype, activation, extras)
+@dataclass(frozen=True)
+class WideNvFp4Layout(NvFp4Layout):
+    """NVFP4 for FP8 inputs (W4A8_NVFP4_FP8): scales below max / 448, so that scale times code is an E4M3 number."""
 
-    def encode(self, weight: Weight) -> dict[str, Tensor]:
-        tree: Any = check_form(weight, self)
-        grid = tree.child if self.prescaled is not None else tree
-        packed = grid.codes.packed
-        if packed.is_meta:
-            weights = meta("uint8", self.shape[0] // 2, self.shape[1])
-        else:
-            unsigned = Codes(packed, 4, self.shape[1]).integers().view(-1, 2, self.shape[1])
-            weights = unsigned[:, 0] | (unsigned[:, 1] << 4)
-        found = {"weight": weights, "weight_scale": grid.scale.tensor}
-        if self.prescaled is not None:
-            found[PRE_SCALE] = tree.scale.tensor.reshape(-1)
-        if self.inputs is not None and weight.activation is not None:
-            found.update(
-                {spec[0]: own for spec, own in zip(self.inputs.stored, weight.activation.tensors, strict=True)}
-            )
-        if self.second:
-            if "weight_scale_2" not in weight.extras:
-                raise NotRepresentable("W4A8_AWQ stores 'weight_scale_2', which this weight does not carry")
-            found["weight_scale_2"] = weight.extras["weight_scale_2"]
-        return found
+    def scales(self, largest: Tensor) -> minifloat.Scales:
+        return nvfp4_scales(largest, largest.amax().clamp(min=self.covers) / TOP)
 
-    def scheme(self) -> Weight:
-        rows, columns = self.shape
-        return self._weight(
-            Codes(meta("uint8", rows, (columns + 1) // 2), 4, columns, signed=True),
-            meta(self.scale_dtype, *self.scale_spec),
-            meta(self.prescaled, columns) if self.prescaled is not None else None,
-            tuple(meta(dtype, *shape) for _, dtype, shape in (self.inputs.stored if self.inputs is not None else ())),
-            {"weight_scale_2": meta("float32")} if self.second else {},
-        )
+
+def powers(wanted: Tensor) -> minifloat.Scales:
+    """Powers of two, rounded up by a float32 logarithm, as the peer does it."""
+    exponents = torch.ceil(torch.log2(wanted)).nan_to_num(neginf=-127.0).clamp(-127, 127)
+    return minifloat.Scales(minifloat.e8m0_numbers((exponents + 127).to(torch.uint8)))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------------
@@ -163,27 +122,69 @@ def layout_of(module: ModuleInfo, stored: Mapping[str, Any], algo: str | None) -
         return _deepseek_fp8(module, stored)
     if scale is None:
         raise missing(module, "weight_scale", f"{info.name!r} is {info.dtype} and has no meaning without it")
-    if (algo or "").upper() in UNVERIFIED:
-        raise contradiction(
-            module,
-            stored,
-            list(stored),
-            f"anybit; the configuration says {algo}, whose arithmetic could not be checked,",
-        )
     if (algo or "").upper() in STATIC and INPUT_SCALE[0] not in stored:
         raise missing(module, INPUT_SCALE[0], f"the configuration says {algo}, whose inputs are quantized with it")
     if info.dtype == "float8_e4m3fn":
         return _fp8(module, stored)
-    if info.dtype == "uint8":
-        two_levels = nvfp4_layout(module, stored)
-        if two_levels is not None:
-            return ("NVFP4" if two_levels.inputs is not None else "W4A16_NVFP4"), two_levels
-        return _int4(module, stored, scale)
-    raise contradiction(module, stored, ("weight", "weight_scale"), "ModelOpt's formats")
+    if info.dtype == "int8":
+        return _int8(module, stored, scale)
+    two_levels = nvfp4_layout(module, stored)
+    if two_levels is not None:
+        inputs = E4M3_INPUTS if algo == "W4A8_NVFP4_FP8" else two_levels.inputs
+        name = "W4A16_NVFP4" if inputs is None else "W4A8_NVFP4_FP8" if inputs == E4M3_INPUTS else "NVFP4"
+        return name, replace(two_levels, inputs=_prescaled(module, stored, inputs))
+    if scale.dtype in POWERS:
+        return _mxfp4(module, stored, algo)
+    return _int4(module, stored, scale)
+
+
+E4M3_INPUTS = Inputs("e4m3_static", granularity="tensor", stored=(INPUT_SCALE,))
+FREE_E4M3_INPUTS = Inputs("e4m3_tensor", granularity="tensor")
+INT8_INPUTS = Inputs("int8_static", "int8", "tensor", stored=(INPUT_SCALE,))
+NVFP4_INPUTS = Inputs("nvfp4", "e2m1", "group", 16, stored=(INPUT_SCALE,))
+MXFP8_INPUTS = Inputs("mx_e4m3", granularity="group", group_size=MX[1])
+MXFP4_INPUTS = Inputs("mx_e2m1", "e2m1", "group", MX[1])
 
 
 def _static_inputs(stored: Mapping[str, Any]) -> Inputs | None:
-    return Inputs("e4m3_static", granularity="tensor", stored=(INPUT_SCALE,)) if INPUT_SCALE[0] in stored else None
+    return E4M3_INPUTS if INPUT_SCALE[0] in stored else None
+
+
+def _prescaled(module: ModuleInfo, stored: Mapping[str, Any], inputs: Inputs | None) -> Inputs | None:
+    """What is done to the input of an expert whose factors are stored with it; a layer has a hook for them."""
+    info = stored.get(PRE_SCALE)
+    if info is None:
+        return inputs
+    shape = (module.shape[-1],)
+    if inputs is None or not inputs.stored or info.dtype not in FLOATS or tuple(info.shape) != shape:
+        raise contradiction(
+            module,
+            stored,
+            ("weight", PRE_SCALE),
+            f"inputs that are scaled by {shape} factors and then quantized by a stored scale",
+        )
+    return replace(inputs, rule=f"{inputs.rule}_prescaled", stored=(*inputs.stored, (PRE_SCALE, info.dtype, shape)))
+
+
+def _int8(module: ModuleInfo, stored: Mapping[str, Any], scale: Any) -> tuple[str, Layout]:
+    if tuple(scale.shape) not in ((), (1,), (module.shape[0],)) or scale.dtype not in FLOATS:
+        raise contradiction(module, stored, ("weight", "weight_scale"), "int8 (a scale for each output, or one)")
+    inputs = _prescaled(module, stored, INT8_INPUTS if INPUT_SCALE[0] in stored else None)
+    layout = Int8Layout(module.shape, module.dtype, scale.dtype, tuple(scale.shape), inputs)
+    return ("W8A16" if inputs is None else "W8A8_SQ_PER_CHANNEL"), layout
+
+
+def _mxfp4(module: ModuleInfo, stored: Mapping[str, Any], algo: str | None) -> tuple[str, Layout]:
+    reading = read_scale(module, stored["weight_scale"], MX)
+    if reading is None or reading.block != MX:
+        raise contradiction(module, stored, ("weight", "weight_scale"), "MXFP4 (uint8 [out, in/2], uint8 [out, in/32])")
+    if algo == "W4A8_MXFP4_FP8" or INPUT_SCALE[0] in stored:
+        name, inputs = "W4A8_MXFP4_FP8", _static_inputs(stored) or FREE_E4M3_INPUTS  # ModelOpt stores no scale of them
+    else:
+        name, inputs = "MXFP4", MXFP4_INPUTS
+    return name, ModelOptMxFp4Layout(
+        module.shape, module.dtype, scale_dtype=stored["weight_scale"].dtype, inputs=inputs
+    )
 
 
 def _fp8(module: ModuleInfo, stored: Mapping[str, Any]) -> tuple[str, Layout]:
@@ -194,7 +195,7 @@ def _fp8(module: ModuleInfo, stored: Mapping[str, Any]) -> tuple[str, Layout]:
         raise contradiction(module, stored, ("weight", "weight_scale"), "ModelOpt's FP8")
     name, inputs = "FP8_PB_WO", None
     if reading.block == MX and scale.dtype in POWERS:
-        name, inputs = "MXFP8", Inputs("mx_e4m3", granularity="group", group_size=MX[1])
+        name, inputs = "MXFP8", MXFP8_INPUTS
     elif reading.block == WHOLE:
         name, inputs = "FP8", _static_inputs(stored)
     elif reading.block == ROW:
@@ -229,14 +230,13 @@ def _int4(module: ModuleInfo, stored: Mapping[str, Any], scale: Any) -> tuple[st
             "int4 along the output (uint8 [out/2, in], scale [out, in/group])",
         )
     inputs = _static_inputs(stored)
-    prescaled = stored[PRE_SCALE].dtype if PRE_SCALE in stored else None
-    if prescaled is not None and (inputs is not None or prescaled not in FLOATS):
-        raise contradiction(
-            module,
-            stored,
-            ("weight", PRE_SCALE, INPUT_SCALE[0]),
-            "an expert whose input is scaled before it is quantized",
-        )
+    prescaled = None
+    if inputs is not None:
+        inputs = _prescaled(module, stored, inputs)
+    elif PRE_SCALE in stored:
+        prescaled = stored[PRE_SCALE].dtype
+        if prescaled not in FLOATS:
+            raise contradiction(module, stored, ("weight", PRE_SCALE), "experts whose inputs are scaled")
     second = "weight_scale_2" in stored
     return ("W4A8_AWQ" if second or inputs is not None else "W4A16_AWQ"), Int4AwqLayout(
         module.shape, module.dtype, sizes[0], scale.dtype, inputs, second, prescaled
@@ -247,29 +247,39 @@ def _int4(module: ModuleInfo, stored: Mapping[str, Any], scale: Any) -> tuple[st
 
 
 def layout_for(module: ModuleInfo, algo: str, group_size: int | None) -> Layout | str:
-    """The layout a dense module gets, or why it stays dense. CalibrationNeeded when its input scales are measured on data."""
+    """The layout a dense module gets, or why it stays dense. Static scales of inputs are measured afterwards."""
     rows, columns = module.shape[-2:]
     if module.kind != "linear":
         return f"ModelOpt's layouts are of linear layers, not of {'an' if module.kind[0] in 'aeiou' else 'a'} {module.kind}"
-    if algo == "FP8_PER_CHANNEL_PER_TOKEN":
-        return ModelOptFp8Layout(module.shape, module.dtype, block=ROW, scale_form="flat", inputs=Inputs("e4m3_token"))
-    if algo == "FP8_PB_WO":
-        return ModelOptFp8Layout(module.shape, module.dtype, block=TILES, scale_form="tiles")
-    if algo == "MXFP8":
-        if columns % MX[1]:
-            return f"weights are in groups of {MX[1]} inputs, and {columns} is no multiple"
-        inputs = Inputs("mx_e4m3", granularity="group", group_size=MX[1])
-        return ModelOptFp8Layout(module.shape, module.dtype, block=MX, scale_dtype="uint8", inputs=inputs)
-    if algo == "W4A16_NVFP4":
-        size = group_size or 16
-        if columns % size:
-            return f"weights are in groups of {size} inputs, and {columns} is no multiple"
-        return NvFp4Layout(module.shape, module.dtype, block=(1, size))
-    if algo == "W4A16_AWQ":
+    own: dict[str, Any] = {"shape": module.shape, "dtype": module.dtype}
+    size = group_size or {"NVFP4": 16, "W4A16_NVFP4": 16, "NVFP4_AWQ": 16, "W4A8_NVFP4_FP8": 32}.get(algo)
+    if algo in ("MXFP8", "MXFP4", "W4A8_MXFP4_FP8"):
+        size = MX[1]
+    if algo in ("W4A16_AWQ", "W4A8_AWQ"):
+        size = size or 128
         if rows % 2:
             return f"two rows share a byte, and {rows} is odd"
-        return Int4AwqLayout(module.shape, module.dtype, group_size or 128)
-    raise CalibrationNeeded(
-        f"{module.name}: {algo} has input scales that are measured on data. Without data: FP8_PER_CHANNEL_PER_TOKEN, fp8_pb_wo, "
-        "MXFP8, W4A16_NVFP4, W4A16_AWQ"
-    )
+    if size is not None and columns % size:
+        return f"weights are in groups of {size} inputs, and {columns} is no multiple"
+    match algo:
+        case "FP8":
+            return ModelOptFp8Layout(**own, block=WHOLE, scale_form="scalar", inputs=E4M3_INPUTS)
+        case "FP8_PER_CHANNEL_PER_TOKEN":
+            return ModelOptFp8Layout(**own, block=ROW, scale_form="flat", inputs=Inputs("e4m3_token"))
+        case "FP8_PB_WO":
+            return ModelOptFp8Layout(**own, block=TILES, scale_form="tiles")
+        case "MXFP8":
+            return ModelOptFp8Layout(**own, block=MX, scale_dtype="uint8", inputs=MXFP8_INPUTS)
+        case "MXFP4" | "W4A8_MXFP4_FP8":
+            return ModelOptMxFp4Layout(**own, inputs=MXFP4_INPUTS if algo == "MXFP4" else FREE_E4M3_INPUTS)
+        case "NVFP4" | "NVFP4_AWQ" | "W4A16_NVFP4":
+            inputs = None if algo == "W4A16_NVFP4" else replace(NVFP4_INPUTS, group_size=size)
+            return NvFp4Layout(**own, block=(1, size or 16), inputs=inputs, joined=joined_with(module.name))
+        case "W4A8_NVFP4_FP8":
+            return WideNvFp4Layout(**own, block=(1, size or 32), inputs=E4M3_INPUTS, joined=joined_with(module.name))
+        case "W4A16_AWQ" | "W4A8_AWQ":
+            second = algo == "W4A8_AWQ"
+            return Int4AwqLayout(**own, group_size=size or 128, inputs=E4M3_INPUTS if second else None, second=second)
+        case "W8A16" | "W8A8_SQ_PER_CHANNEL":
+            return Int8Layout(**own, scale_spec=(rows,), inputs=INT8_INPUTS if algo != "W8A16" else None)
+    raise InvalidOption(f"{module.name}: {algo!r} is not made here; made are {', '.join(MADE)}")

@@ -52,6 +52,21 @@ class Inputs:
             limit=self.limit,
         )
 
+    def measured(self, low: Tensor, high: Tensor) -> Activation:
+        """The same, its one static scale from extremes [in] or [experts, in]: the largest magnitude becomes the largest code."""
+        (_, dtype, shape), *others = self.stored
+        if others or self.rule not in TOPS:
+            raise NotRepresentable(
+                f"scales of the input rule {self.rule!r} are not measured here; load a calibrated file"
+            )
+        largest = torch.maximum(-low, high).amax(-1)
+        scale = torch.where(largest > 0, largest / TOPS[self.rule], 1.0)
+        return self.activation((scale.to(getattr(torch, dtype)).reshape(shape),))
+
+
+# the number that the largest magnitude of the input stands at, of rules with one static scale: with two levels, the product
+TOPS = {"e4m3_static": 448.0, "nvfp4": 6.0 * 448.0, "int8_static": 127.0}
+
 
 # shape of a stored scale, from (experts or nothing), (down, across) of the grid of blocks
 FORMS: dict[str, Any] = {
@@ -188,6 +203,10 @@ class ScaledFloatLayout(Layout):
 
     # --- creating ---
 
+    def measured_inputs(self, low: Tensor, high: Tensor) -> Activation:
+        assert self.inputs is not None
+        return self.inputs.measured(low, high)
+
     def algorithm_options(self) -> dict[str, object]:
         return {"rule": self.scales}
 
@@ -209,6 +228,15 @@ class NvFp4Layout(ScaledFloatLayout):
     scale_dtype: str = "float8_e4m3fn"
     common_name: str = "weight_scale_2"
     common_shape: tuple[int, ...] = ()
+    joined: tuple[str, ...] = ()  # last names of the layers whose scale of scales is one
+    covers: float = 0.0
+
+    @property
+    def alongside(self) -> tuple[str, ...]:
+        return self.joined
+
+    def covering(self, largest: float) -> Layout:
+        return replace(self, covers=largest)
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
         common = self.take(tensors, self.common_name, "float32", (*self.shape[:-2], *self.common_shape))
@@ -235,20 +263,27 @@ class NvFp4Layout(ScaledFloatLayout):
         }
 
     def scales(self, largest: Tensor) -> minifloat.Scales:
-        return nvfp4_scales(largest)
+        return nvfp4_scales(largest, largest.amax().clamp(min=self.covers) / (6.0 * 448.0))
 
     def algorithm_options(self) -> dict[str, object]:
         return {"rule": self.scales, "zeros": "below"}
 
 
-def nvfp4_scales(largest: Tensor) -> minifloat.Scales:
-    """ModelOpt's rule: common = max / (6 * 448), scale = e4m3(max of the block / (6 * common)), 1 for an empty block."""
-    common = largest.amax() / (6.0 * 448.0)
+def nvfp4_scales(largest: Tensor, common: Tensor) -> minifloat.Scales:
+    """ModelOpt's rule under a scale of scales: e4m3(max of the block / (6 * common)), 1 for an empty block."""
     if not bool(common > 0):
         common = torch.ones_like(common)
     wanted = (largest / (6.0 * common)).clamp(2.0**-9, 448.0).masked_fill(largest == 0, 1.0)
-    scale = minifloat.nearest(wanted, "e4m3")
-    return minifloat.Scales(scale, common)
+    return minifloat.Scales(minifloat.nearest(wanted, "e4m3"), common)
+
+
+# layers over one input that engines multiply as one: one scale of scales for all of them
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def joined_with(name: str) -> tuple[str, ...]:
+    """Last names of the layers that engines join with the one of this name, itself among them; none for others."""
+    return next((group for group in JOINED if name.rpartition(".")[2] in group), ())
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------

@@ -120,8 +120,10 @@ class FineGrainedFP8HfQuantizer(HfQuantizer):
         # transformers knows no quantized cache for this method; files of other engines have scales for one
         extra = self.quantization_config.extra_fields
         algo = cache_scales.cache_algo(extra.get("kv_cache_quant_algo"), extra.get("kv_cache_scheme"))
-        self.attached, attentions = cache_scales.attach_cache(model, checkpoint, path_of, rounds=algo == "FP8")
-        for attention in attentions if algo != "FP8" else ():
+        known = algo in cache_scales.KINDS
+        found = cache_scales.attach_cache(model, checkpoint, path_of, algo if known else None)
+        self.attached = found.keys
+        for attention in found.scaled if not known else ():
             self.decide(
                 f"scales of keys and values are kept and not used: the configuration's cache is {algo}", attention
             )

@@ -8,6 +8,7 @@ under the projections. The configuration is in config.json, in hf_quant_config.j
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from anybit.methods import _cache_scales as cache_scales
     from anybit.methods import _modelopt_layouts as layouts
     from anybit.methods import _modelopt_runtime as runtime
+    from anybit.quantizers.measurement import Measurement
     from anybit.weight import Layout, ModuleInfo
 else:
     cache_scales = LazyModule("anybit.methods._cache_scales")
@@ -76,11 +78,15 @@ class ModelOptConfig(_KeepsSpelling):
     side_files: ClassVar[tuple[str, ...]] = (FILE,)
     targets: ClassVar[tuple[str, ...]] = ("vllm",)
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "modelopt-fp8": {"quant_algo": "FP8"},
+        "modelopt-nvfp4": {"quant_algo": "NVFP4"},
         "modelopt-fp8-pc": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         "modelopt-fp8-pb": {"quant_algo": "fp8_pb_wo"},
         "modelopt-mxfp8": {"quant_algo": "MXFP8"},
         "modelopt-w4a16-nvfp4": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
         "modelopt-w4a16-int4": {"quant_algo": "W4A16_AWQ", "group_size": 128},
+        "modelopt-w4a8-awq": {"quant_algo": "W4A8_AWQ", "group_size": 128},
+        "modelopt-w8a8-sq": {"quant_algo": "W8A8_SQ_PER_CHANNEL"},
     }
     optional: ClassVar[tuple[str, ...]] = (
         "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups", "quantized_layers", "has_zero_point",
@@ -131,12 +137,26 @@ class ModelOptHfQuantizer(HfQuantizer):
 
     layouts_available = True
     default_algorithm = "minifloat"
+    calibrated_algorithm: str | None = "awq"  # type: ignore[misc]  # of one configuration: its recipe's, if it has one
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        self.calibrated_algorithm = None
+        if not pre_quantized:
+            self._check_made()
+
+    def _check_made(self) -> None:
         config = self.quantization_config
-        if not pre_quantized and (config.quant_algo or "").upper() not in layouts.KNOWN:
-            raise refuse(config, "quant_algo", f"it must be one of {', '.join(layouts.KNOWN)}")
+        named = [config.quant_algo]
+        if (config.quant_algo or "").upper() == MIXED:
+            named = [_algo(own) for own in (config.quantized_layers or {}).values()] or [None]
+        for algo in named:
+            if (algo or "").upper() not in layouts.MADE:
+                raise refuse(config, "quant_algo", f"it must be one of {', '.join(layouts.MADE)}; {algo!r} is not")
+        recipes = {layouts.RECIPES.get(str(algo).upper()) for algo in named}
+        self.calibrated_algorithm = recipes.pop() if len(recipes) == 1 else None
+        if config.cache_algo not in (None, *cache_scales.KINDS):
+            raise refuse(config, "kv_cache_quant_algo", f"caches are made in {' and '.join(cache_scales.KINDS)}")
 
     # --- which module, which algorithm ---
 
@@ -164,8 +184,10 @@ class ModelOptHfQuantizer(HfQuantizer):
         super().begin(model, slots)
         self.decisions = decided
         config = self.quantization_config
-        if not self.pre_quantized and config.ignore is None:
-            config.ignore = list(self.modules_to_not_convert)
+        if not self.pre_quantized:
+            if config.ignore is None:
+                config.ignore = list(self.modules_to_not_convert)
+            _complete(config)
 
     def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
         self.decisions = {}
@@ -173,16 +195,41 @@ class ModelOptHfQuantizer(HfQuantizer):
             return
         self._compare_files(checkpoint)
         algo = self.quantization_config.cache_algo
-        keys, attentions = cache_scales.attach_cache(model, checkpoint, path_of, rounds=algo in ("FP8", None))
-        for attention in attentions if algo != "FP8" else ():
+        known = algo in cache_scales.KINDS
+        found = cache_scales.attach_cache(
+            model, checkpoint, path_of, "FP8" if algo is None else algo if known else None, everywhere=known
+        )
+        for attention in found.unscaled:
+            self.decide(f"keys and values: {algo} without stored scales is rounded under scales of 1", attention)
+        for attention in found.scaled if not known else ():
             what = (
-                "its scales are stored"
+                "its scales are stored, and used as those of FP8"
                 if algo is None
                 else f"its scales are kept and not used: {algo} is not supported"
             )
-            self.decide(f"keys and values: {what}, and the configuration's kv_cache_quant_algo is {algo}", attention)
-        scaled, self.folds = runtime.attach_pre_scales(model, checkpoint, path_of)
-        self.attached = keys | scaled
+            self.decide(f"keys and values: {what}; the configuration's kv_cache_quant_algo is {algo}", attention)
+        side = runtime.attach_sides(model, checkpoint, path_of)
+        self.attached, self.folds = found.keys | side.keys, side.folds
+
+    def measurements(self, model: Any) -> Mapping[str, Measurement]:
+        algo = self.quantization_config.cache_algo
+        if self.pre_quantized or algo is None:
+            return {}
+        names = ("k_proj.k_scale", "v_proj.v_scale")
+        return {path: cache_scales.CacheMeasured(names) for path in cache_scales.attentions(model)}
+
+    def made_files(self, layouts: Mapping[str, Layout]) -> Mapping[str, bytes]:
+        """The side file that ModelOpt always writes, and some engines look for."""
+        if self.pre_quantized:
+            return {}
+        config = self.quantization_config
+        inside = {
+            "quant_algo": config.quant_algo, "kv_cache_quant_algo": config.cache_algo, "group_size": config.group_size,
+            "has_zero_point": config.has_zero_point, "pre_quant_scale": config.pre_quant_scale,
+            "quantized_layers": config.quantized_layers, "exclude_modules": config.ignore,
+        }  # fmt: skip
+        kept = {name: value for name, value in inside.items() if value is not None or name == "kv_cache_quant_algo"}
+        return {FILE: (json.dumps({"producer": config.producer, "quantization": kept}, indent=4) + "\n").encode()}
 
     def _compare_files(self, checkpoint: Any) -> None:
         """Say where config.json and the side file disagree; config.json counts, and tensors more than both."""
@@ -220,6 +267,30 @@ class ModelOptHfQuantizer(HfQuantizer):
             self.skip_reasons[module.name] = layout
             return None
         return layout
+
+
+# the format is ModelOpt's of this version; engines look for its name
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+SIZES = {"NVFP4": 16, "NVFP4_AWQ": 16, "W4A16_NVFP4": 16, "W4A8_NVFP4_FP8": 32, "W4A16_AWQ": 128, "W4A8_AWQ": 128}
+
+
+def _complete(config: Any) -> None:
+    """What ModelOpt writes beside the name of an algorithm, for a new checkpoint."""
+    config.producer = config.producer or dict(PRODUCER)
+    algo = str(config.quant_algo).upper()
+    if config.group_size is None:
+        config.group_size = SIZES.get(algo)
+    if algo in layouts.RECIPES and algo != "W8A8_SQ_PER_CHANNEL":
+        config.has_zero_point, config.pre_quant_scale = False, True
+    if config.cache_algo is not None and config.kv_cache_scheme is None:
+        fp8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+        config.kv_cache_scheme = fp8 if config.cache_algo == "FP8" else config.cache_algo
+    numbers = {"FP8": 8, "NVFP4": 4, "W4A16_NVFP4": 4}.get(algo)
+    if numbers is not None and config.config_groups is None:
+        part = {"dynamic": False, "num_bits": numbers, "type": "float"}
+        part |= {"group_size": config.group_size} if numbers == 4 else {}
+        inputs = {} if algo == "W4A16_NVFP4" else {"input_activations": dict(part)}
+        config.config_groups = {"group_0": {**inputs, "weights": part, "targets": ["Linear"]}}
 
 
 def _owners(module: str) -> list[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from anybit.quantizers.bundle import Bundle, Bundled
+    from anybit.quantizers.measurement import Measurement
     from anybit.weight import Layout, ModuleInfo
 
 
@@ -271,6 +272,10 @@ class HfQuantizer:
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         """The layout a dense module gets when it is quantized; None to leave it dense (then say why in `skip_reasons`)."""
         return None
+
+    def measurements(self, model: Any) -> Mapping[str, Measurement]:
+        """What is measured on calibration data beside the inputs of layers, by the module's path: scales of a cache, say."""
+        return {}
 
     def calibration_options(self) -> dict[str, Any]:
         """Options of `calibrated_algorithm` that the configuration sets."""

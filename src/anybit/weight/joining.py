@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anybit._lazy import torch
 from anybit.errors import NotRepresentable
 from anybit.weight import nodes
-from anybit.weight.activation import Activation
+from anybit.weight.activation import Activation, beside
 from anybit.weight.nodes import Node, map_tensors, tensors_of
 from anybit.weight.slicing import slice_rows
 from anybit.weight.weight import Weight
@@ -101,7 +101,7 @@ def _fields(value: Activation | None) -> object:
 def join_rows(weights: Sequence[Weight]) -> Weight:
     """Matrices (or stacks) over the same inputs, one above the other. Extras are left behind."""
     first = weights[0]
-    activation = _join_activations([weight.activation for weight in weights])
+    activation = _join_activations([weight.activation for weight in weights], [weight.shape[-2] for weight in weights])
     if len(weights) == 1:
         return Weight(first.tree, first.dtype, activation)
     if len({(*weight.shape[:-2], weight.shape[-1]) for weight in weights}) != 1:
@@ -117,31 +117,31 @@ def split_rows(weight: Weight, rows: Sequence[int]) -> list[Weight]:
     """Inverse of `join_rows`: consecutive parts of rows[0], rows[1], ... rows."""
     if sum(rows) != weight.shape[-2]:
         raise NotRepresentable(f"parts of {list(rows)} rows do not make up a weight of {weight.shape[-2]} rows")
+    starts = [sum(rows[:position]) for position in range(len(rows))]
     tree = weight.tree
     if isinstance(tree, nodes.Rows) and [part.shape[-2] for part in tree.parts] == list(rows):
-        return [Weight(part, weight.dtype, weight.activation) for part in tree.parts]
-    starts = [sum(rows[:position]) for position in range(len(rows))]
+        activation = weight.activation
+        return [
+            Weight(part, weight.dtype, activation and activation.of_rows(start, start + part.shape[-2]))
+            for part, start in zip(tree.parts, starts, strict=True)
+        ]
     return [slice_rows(weight, start, start + count) for start, count in zip(starts, rows, strict=True)]
 
 
-def _join_activations(activations: list[Activation | None]) -> Activation | None:
+def _join_activations(activations: list[Activation | None], rows: list[int]) -> Activation | None:
+    """Static scales stay those of their rows, whether or not they are equal: a scheme has no numbers to tell."""
     _same_rules(activations)
     first = activations[0]
-    if first is None:
-        return None
-    for other in activations[1:]:
-        assert other is not None
-        for name, left, right in zip(first.names, first.tensors, other.tensors, strict=True):
-            if (
-                left.shape != right.shape
-                or left.dtype != right.dtype
-                or (left.device.type != "meta" and not torch.equal(left, right))
-            ):
-                raise NotRepresentable(
-                    f"rows whose inputs are quantized with different {name!r} ({left.flatten()[:4].tolist()} and "
-                    f"{right.flatten()[:4].tolist()}) cannot become one weight; load them apart"
-                )
-    return first
+    if first is None or not first.tensors or len(activations) == 1:
+        return first
+    parts = [part for activation in activations if activation is not None for part in activation.parts]
+    heights = [
+        height
+        for activation, own in zip(activations, rows, strict=True)
+        if activation is not None
+        for height in (activation.rows or (own,))
+    ]
+    return beside(parts, heights)
 
 
 def _join(parts: list[Any]) -> Node | None:

@@ -12,6 +12,7 @@ from anybit.errors import MissingTensor, ShapeMismatch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from anybit.weight.activation import Activation
     from anybit.weight.weight import Weight
 
 
@@ -83,6 +84,32 @@ class Layout:
     def algorithm_options(self) -> dict[str, object]:
         """Options for `algorithm`, e.g. the vendor's rule for ranges."""
         return {}
+
+    # --- layers that engines join ---
+
+    @property
+    def alongside(self) -> tuple[str, ...]:
+        """Last names of the layers, this one among them, that share the largest scale when they are made."""
+        return ()
+
+    def covering(self, largest: float) -> Layout:
+        """The layout for making a weight whose largest scale is as if it held a number of this magnitude."""
+        return self
+
+    # --- static scales of inputs: what calibration data must tell ---
+
+    # share of a new batch in a moving average of its extremes, as some observers take it; 0: the extremes of all data
+    averaging: ClassVar[float] = 0.0
+
+    def static_inputs(self) -> bool:
+        """Whether scales of the layer's input are stored, which no weight tells."""
+        activation = self.scheme().activation
+        return activation is not None and bool(activation.tensors)
+
+    def measured_inputs(self, low: Tensor, high: Tensor) -> Activation:
+        """The activation of `scheme` with its tensors. `low`, `high`: the smallest and the largest number that each input was
+        in calibration data, float32 [in] or [experts, in]. Of layouts with `static_inputs`."""
+        raise NotImplementedError(f"{type(self).__name__} has no rule for static scales of its input")
 
     # --- helpers for decode ---
 

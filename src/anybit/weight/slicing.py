@@ -58,7 +58,10 @@ def _slice_weight(weight: Weight, axis: int, start: int, stop: int) -> Weight:
         raise NotRepresentable(
             f"{what} cannot be cut out: a block of the {type(weight.tree).__name__} spans the cut; {cure}"
         ) from None
-    return Weight(tree, weight.dtype, weight.activation)
+    activation = weight.activation
+    if activation is not None and activation.rows and axis == ROWS:
+        activation = activation.of_rows(start, stop)
+    return Weight(tree, weight.dtype, activation)
 
 
 def _workable(tree: Node, axis: int, multiple: int, size: int) -> int | None:
@@ -77,7 +80,7 @@ def _workable(tree: Node, axis: int, multiple: int, size: int) -> int | None:
 
 def _check_activation(weight: Weight, axis: int, start: int, what: str) -> None:
     activation = weight.activation
-    if activation is None:
+    if activation is None or (activation.rows and axis == ROWS):
         return
     own = [name for name, tensor in zip(activation.names, activation.tensors, strict=True) if tensor.numel() > 1]
     if own and not activation.stacked:
