@@ -16,7 +16,7 @@ from anybit.containers.info import TensorInfo
 from anybit.engine.dequantize import dequantize
 from anybit.engine.load import load, plan
 from anybit.engine.quantize import quantize
-from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, MissingTensor, ShapeMismatch
+from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.methods._compressed_evidence import Stored
 from anybit.methods._compressed_inputs import quantized
 from anybit.methods._compressed_layouts import PackedLayout, read_words, write_words
@@ -740,26 +740,41 @@ def test_groups_are_written_as_the_file_has_them():
     assert config.to_dict()["config_groups"]["W4A16"] == ["Linear"]
 
 
-@pytest.mark.parametrize("preset", ["FP8", "NVFP4"])
-def test_static_scales_need_data(preset):
-    with pytest.raises(CalibrationNeeded, match="input_activations"):
-        AutoHfQuantizer.from_config(CompressedTensorsConfig(config_groups={preset: ["Linear"]}), pre_quantized=False)
-
-
-def test_static_caches_orders_and_rotations_need_data():
+def test_what_is_not_made_says_so():
     groups = {"W4A16": ["Linear"]}
+    mixed = {
+        name: group({"num_bits": 4, "group_size": 32, "actorder": order}, targets=[name])
+        for name, order in (("a", "weight"), ("b", None))
+    }
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     for more, message in (
-        ({"kv_cache_scheme": {"type": "float"}}, "kv_cache_scheme"),
-        ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
-        ({"config_groups": {"g": group({"num_bits": 4, "group_size": 32, "actorder": "group"})}}, "actorder"),
+        ({"kv_cache_scheme": "FP8"}, "kv_cache_scheme is 'FP8'"),
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "rotate='r1"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "since 0.15"),
+        ({"config_groups": mixed}, "differ in weights.actorder"),
+        ({"kv_cache_scheme": {"type": "float", "observer": "mse"}}, "observer is 'mse'"),
     ):
-        with pytest.raises(CalibrationNeeded, match=message):
-            AutoHfQuantizer.from_config(
-                CompressedTensorsConfig(**{"config_groups": groups, **more}), pre_quantized=False
-            )
+        config = CompressedTensorsConfig(**{"config_groups": groups, **more})
+        with pytest.raises(InvalidOption, match=message):
+            AutoHfQuantizer.from_config(config, pre_quantized=False).measurements(model)
 
 
-@pytest.mark.parametrize("scheme", sorted(CompressedTensorsConfig.schemes))
+STATIC = ("ct-fp8", "ct-nvfp4")
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+def test_static_scales_need_data(scheme, tmp_path):
+    dequantize(CHECKPOINTS / "w3a16-sym-g64", tmp_path / "dense")
+    config = CompressedTensorsConfig(**CompressedTensorsConfig.schemes[scheme])
+    with pytest.raises(CalibrationNeeded, match=r"input of model\.layers\.0.*--calib"):
+        plan(tmp_path / "dense", config)
+
+
+@pytest.mark.parametrize("scheme", sorted(set(CompressedTensorsConfig.schemes) - set(STATIC)))
 def test_every_scheme_makes_a_checkpoint_that_says_what_it_is(scheme, tmp_path):
     if not (DENSE := Path(tmp_path.parent / "dense-for-schemes")).is_dir():
         dequantize(CHECKPOINTS / "w3a16-sym-g64", DENSE)

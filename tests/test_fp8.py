@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit import algorithms
 from anybit.containers.info import TensorInfo
-from anybit.errors import CalibrationNeeded, CorruptFile, MissingTensor, ShapeMismatch
+from anybit.errors import CalibrationNeeded, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.kernels.reference import multiply
 from anybit.methods._fp8_layouts import Fp4ExpertLayout, Fp8Layout
 from anybit.methods._scaled_floats import Inputs
-from anybit.methods.fp8 import FineGrainedFP8Config, FineGrainedFP8HfQuantizer
+from anybit.methods.fp8 import FineGrainedFP8Config
 from anybit.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from anybit.weight import ModuleInfo, Weight
 
@@ -171,10 +171,27 @@ def test_a_nan_among_the_codes_is_damage() -> None:
         read({}, linear(64, 64), weight=weight, weight_scale_inv=torch.ones(1, 1))
 
 
-def test_static_scales_cannot_be_made_from_weights() -> None:
-    quantizer = FineGrainedFP8HfQuantizer(FineGrainedFP8Config(activation_scheme="static"), pre_quantized=False)
-    with pytest.raises(CalibrationNeeded, match="dynamic"):
-        quantizer.layout_for(linear(64, 64))
+def test_static_scales_are_measured(tmp_path: Path) -> None:
+    """activation_scale: the largest input over 448; where a weight has one scale transformers ignores it, so it is not made."""
+    anybit.dequantize(GOLDEN / "block128_awkward", tmp_path / "dense")
+    config = FineGrainedFP8Config(activation_scheme="static", weight_block_size=[64, 64])
+    with pytest.raises(CalibrationNeeded, match="--calib"):
+        anybit.plan(tmp_path / "dense", config)
+    ids = torch.randint(0, 96, (2, 8), generator=torch.Generator().manual_seed(0))
+    anybit.quantize(tmp_path / "dense", tmp_path / "made", config, calibration=ids)
+    stored = load_file(tmp_path / "made" / "model.safetensors")
+    model: Any = anybit.load(tmp_path / "dense")
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+        assert torch.isfinite(anybit.load(tmp_path / "made")(ids).logits).all()
+    scale = stored["model.layers.0.self_attn.q_proj.activation_scale"]
+    assert torch.allclose(scale, seen[0].float().abs().max() / 448, rtol=1e-6)
+    for block in (None, [1, 32]):
+        config = FineGrainedFP8Config(activation_scheme="static", weight_block_size=block)
+        with pytest.raises(InvalidOption, match=r"ModelOptConfig\(quant_algo='FP8'\)"):
+            anybit.plan(tmp_path / "dense", config)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from anybit.methods._compressed_layouts import (
 )
 from anybit.methods._compressed_schemes import Arguments, Matcher, Scheme, classes_of
 from anybit.methods._compressed_sparse import BitmaskLayout, DenseLayout, FakeQuantizedLayout, Marlin24Layout
+from anybit.methods._scaled_floats import joined_with
 from anybit.weight.layout import Layout, ModuleInfo, join_name
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -312,7 +313,13 @@ class Stored:
         return self._made(module, scheme, args, inputs), ""
 
     def _made(self, module: ModuleInfo, scheme: Scheme, args: Arguments, inputs: Arguments | None) -> Layout:
-        fields: dict[str, Any] = {"args": args, "inputs": inputs, "scale_rank": 1 if args.strategy == "tensor" else 2}
+        fields: dict[str, Any] = {"args": args, "scale_rank": 1 if args.strategy == "tensor" else 2}
+        fields.update(self._inputs(module, {}, inputs))
+        if inputs is not None and inputs.dynamic == "no":
+            count = module.shape[-1] // inputs.group_size if inputs.group_size else 1
+            specs: list[Spec] = [("input_scale", module.dtype, (count,))]
+            specs += [] if inputs.symmetric else [("input_zero_point", "int8", (count,))]
+            fields["input_specs"] = tuple(specs)
         fields["scale_dtype"] = "uint8" if args.powers else args.scale_dtype or module.dtype
         if args.strategy == "tensor_group":
             fields.update(common=(1,), scale_dtype="float8_e4m3fn")
@@ -320,7 +327,10 @@ class Stored:
         if not args.symmetric:
             fields["zero"] = "words" if packed and args.strategy in ("group", "channel") else "int8"
         if args.type == "float":
-            return FloatLayout(module.shape, module.dtype, **fields)
+            joined = joined_with(module.name) if "common" in fields else ()
+            return FloatLayout(module.shape, module.dtype, **fields, joined=joined)
+        if args.indexed:
+            fields["index"] = "runs"  # until data say in what order columns are met
         return (PackedLayout if packed else IntegerLayout)(module.shape, module.dtype, **fields)
 
 

@@ -8,7 +8,7 @@ column; weight_global_scale, which divides all scales; input_scale, input_zero_p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from anybit.methods._compressed_inputs import activation, mx_scales, parameters,
 from anybit.methods._compressed_schemes import Arguments
 from anybit.methods._scaled_floats import check_form, require_numbers, require_scale
 from anybit.weight import packing
+from anybit.weight.activation import Activation
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codes, Grid, Node, Values
 from anybit.weight.weight import Weight
@@ -210,6 +211,31 @@ class CompressedLayout(Layout):
 
     # --- creating ---
 
+    def ordered(self) -> Layout | None:
+        return replace(self, index="columns") if self.args.block[0] == 1 and self.args.group_size else None
+
+    @property
+    def averaging(self) -> float:  # type: ignore[override]
+        return self.inputs.averaging if self.inputs is not None else 0.0
+
+    def measured_inputs(self, low: Tensor, high: Tensor) -> Activation:
+        """Parameters in the dtype of the model, as the peer's observers find them there."""
+        assert self.inputs is not None
+        names = tuple(name for name, _, _ in self.input_specs)
+        dtype = getattr(torch, self.dtype)
+        if self.inputs.strategy == "group":
+            low, high = (part.unflatten(-1, (-1, self.inputs.group_size)) for part in (low, high))
+        low, high = low.amin(-1).to(dtype), high.amax(-1).to(dtype)
+        if self.inputs.dynamic == "local":
+            whole = torch.maximum(-low.clamp(max=0), high.clamp(min=0)).clamp(min=torch.finfo(dtype).tiny)
+            found = (minifloat.FORMATS["e4m3"][2] * minifloat.FORMATS[str(self.inputs.levels)][2] / whole).to(
+                torch.float32
+            )
+            return activation(self.inputs, names, (found.reshape(1),))
+        scale, zero = parameters(low.reshape(-1), high.reshape(-1), self.inputs)
+        known = {"input_scale": scale, "input_zero_point": zero if zero is None else zero.to(torch.int8)}
+        return activation(self.inputs, names, tuple(known[name] for name in names))  # type: ignore[misc]
+
     def value_dtype(self) -> str:
         """The dtype the peer quantizes in: that of the weight, which is also its scale's."""
         return self.scale_dtype if self.scale_dtype in ("float16", "bfloat16", "float32") else self.dtype
@@ -288,7 +314,17 @@ class PackedLayout(IntegerLayout):
 class FloatLayout(CompressedLayout):
     """E4M3 in `weight`; E2M1 and E2M3 in `weight_packed`, one little-endian stream of bits for each row."""
 
+    joined: tuple[str, ...] = field(default=(), compare=False)  # last names of the layers whose global scale is one
+    covers: float = field(default=0.0, compare=False)
+
     algorithm: ClassVar[str | None] = "minifloat"
+
+    @property
+    def alongside(self) -> tuple[str, ...]:
+        return self.joined
+
+    def covering(self, largest: float) -> Layout:
+        return replace(self, covers=largest)
 
     @property
     def name(self) -> str:
@@ -336,7 +372,7 @@ class FloatLayout(CompressedLayout):
         if self.common is None:
             scale = torch.where(scale == 0, smallest(self.args, dtype), scale)
             return minifloat.Scales(scale.to(torch.float32))
-        whole = largest.amax().to(dtype).clamp(min=torch.finfo(dtype).tiny)
+        whole = largest.amax().clamp(min=self.covers).to(dtype).clamp(min=torch.finfo(dtype).tiny)
         common = (448.0 * top / whole).nan_to_num(nan=1.0, posinf=1.0).to(torch.float32)
         found = minifloat.nearest(common * scale.to(torch.float32), "e4m3")
         found = torch.where(found == 0, smallest(self.args, dtype), found)

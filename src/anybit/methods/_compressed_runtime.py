@@ -75,10 +75,19 @@ class RoundedOutput(Attachment):
 
 
 class Runtime:
-    """Hooks and buffers of one model. `keys`: of the buffers; see `HfQuantizer.attach`."""
+    """Hooks and buffers of one model. `keys`: of the buffers; see `HfQuantizer.attach`.
 
-    def __init__(self, matcher: Matcher, cache: Arguments | None, transform_config: Mapping[str, Any] | None):
-        self.matcher, self.cache = matcher, cache
+    `making`: the checkpoint is dense, so that static parameters are still to be measured, and nothing rounds by them.
+    """
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        cache: Arguments | None,
+        transform_config: Mapping[str, Any] | None,
+        making: bool = False,
+    ):
+        self.matcher, self.cache, self.making = matcher, cache, making
         self.rotations = Rotations(transform_config)
         self._own: set[str] = set()
 
@@ -96,6 +105,8 @@ class Runtime:
             classes = tuple(cls.__name__ for cls in type(module).__mro__)
             scheme = None if self.matcher.ignored(name, classes) else self.matcher.scheme(name, classes)
             if scheme is not None and scheme.outputs is not None and hasattr(module, "weight"):
+                if self.making and scheme.outputs.dynamic != "yes":
+                    continue
                 _require(module, name, "output", scheme.outputs)
                 attach_after(module, RoundedOutput(scheme.outputs))
         self.rotations.attach(model, checkpoint, path_of)
@@ -108,12 +119,14 @@ class Runtime:
         scheme = None if self.matcher.ignored(name, classes) else self.matcher.scheme(name, classes)
         turns = self.rotations.turns.get(name, {})
         args = self.cache
-        if scheme is not None and scheme.weights is None and scheme.inputs is not None:
+        named = scheme is not None and scheme.weights is None and scheme.inputs is not None
+        if scheme is not None and named:
             args = scheme.inputs  # a group that names attention quantizes its queries too
+        if args is None or (self.making and args.dynamic != "yes"):
+            return
+        if named:
             _require(module, name, "q", args)
             attach_queries(module, RoundedStates(args, "q", turns.get("q_attn")))
-        if args is None:
-            return
         if ("k_cache" in turns) != ("q_attn" in turns):
             raise NotRepresentable(
                 f"{name}: transform_config rotates {'keys but not queries' if 'k_cache' in turns else 'queries but not keys'}, "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anybit.errors import CalibrationNeeded, InvalidOption
+from anybit.errors import InvalidOption
 from anybit.quantizers.matching import SafePattern, compiled
 
 # name of the levels: (type, bits), as the configuration has them
@@ -27,6 +27,7 @@ class Arguments:
     `dynamic`: "no", "yes", or "local" (scales of groups found at run time under a stored scale of scales). `indexed`: columns
     were reordered before they were grouped (actorder "group"), so that weight_g_idx must tell their groups. `widths`: what
     `bits` may be where the configuration has a map of them and the stored codes must tell; `bits` is the widest until then.
+    `averaging`: of static scales that are made, the share of a new sample in a moving average of extremes; 0 takes them all.
     """
 
     bits: int = 8
@@ -38,10 +39,11 @@ class Arguments:
     scale_dtype: str | None = None
     indexed: bool = False
     widths: tuple[int, ...] = ()
+    averaging: float = 0.0
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Arguments:
-        """From the completed dictionary of a configuration."""
+    def of(cls, given: Mapping[str, Any], making: bool = False) -> Arguments:
+        """From the completed dictionary of a configuration; `making`: its observer counts."""
         strategy, size = given["strategy"], given.get("group_size")
         block = {
             "tensor": (0, 0),
@@ -59,7 +61,7 @@ class Arguments:
             max(widths) if widths else bits, given["type"], bool(given["symmetric"]), strategy, block,
             "local" if str(getattr(dynamic, "value", dynamic)).lower() == "local" else "yes" if dynamic else "no",
             str(scale_dtype).removeprefix("torch.") if scale_dtype is not None else None,
-            str(given.get("actorder")).lower() in ("group", "dynamic", "true"), widths,
+            str(given.get("actorder")).lower() in ("group", "dynamic", "true"), widths, observed(given) if making else 0.0,
         )  # fmt: skip
 
     @property
@@ -84,6 +86,19 @@ class Arguments:
         return f" {self.block[0]} x {self.block[1]}" if all(self.block) else ""
 
 
+def observed(given: Mapping[str, Any]) -> float:
+    """The share by which the observer of static scales moves its averages; InvalidOption for one that is not known here."""
+    name = given.get("observer")
+    if name in (None, "static_minmax", "memoryless_minmax"):
+        return 0.0
+    if name == "minmax":
+        return float((given.get("observer_kwargs") or {}).get("averaging_constant", 0.01))
+    raise InvalidOption(
+        f"CompressedTensorsConfig: observer is {name!r}; static scales are made by 'static_minmax' (the extremes of all data) "
+        "or 'minmax' (moving averages)"
+    )
+
+
 def widths_in(bits: Any) -> tuple[int, ...]:
     """Numbers of bits that a map mentions, at any depth, in order; none for anything that is no map."""
     if not isinstance(bits, Mapping):
@@ -105,11 +120,11 @@ class Scheme:
     format: str | None = None
 
     @classmethod
-    def of(cls, name: str, group: Mapping[str, Any], default_format: str | None = None) -> Scheme:
+    def of(cls, name: str, group: Mapping[str, Any], default_format: str | None = None, making: bool = False) -> Scheme:
         """From a completed group."""
 
         def part(own: str) -> Arguments | None:
-            return None if group.get(own) is None else Arguments.of(group[own])
+            return None if group.get(own) is None else Arguments.of(group[own], making and own != "weights")
 
         inputs, outputs = part("input_activations"), part("output_activations")
         return cls(name, part("weights"), inputs, outputs, group.get("format") or default_format)
@@ -168,9 +183,13 @@ class Matcher:
     """Schemes by module."""
 
     def __init__(
-        self, groups: Mapping[str, Mapping[str, Any]], ignore: Iterable[str], default_format: str | None = None
+        self,
+        groups: Mapping[str, Mapping[str, Any]],
+        ignore: Iterable[str],
+        default_format: str | None = None,
+        making: bool = False,
     ):
-        self.schemes = {name: Scheme.of(name, group, default_format) for name, group in groups.items()}
+        self.schemes = {name: Scheme.of(name, group, default_format, making) for name, group in groups.items()}
         self._owner = {target: name for name, group in groups.items() for target in group["targets"]}
         self.targets = sorted(self._owner)
         self._targets = Targets(self._owner)
@@ -197,40 +216,49 @@ def classes_of(kind: str, class_name: str) -> tuple[str, ...]:
 WRITTEN_VERSION = "0.20.0"
 
 
-def refuse_calibration(config: Any, matcher: Matcher) -> None:
-    """CalibrationNeeded for static scales of inputs, outputs, keys and values: they are measured, not worked out."""
+def check_made(config: Any, matcher: Matcher) -> None:
+    """InvalidOption for what is not made from dense weights, with or without calibration data."""
     maps = [name for name, scheme in matcher.schemes.items() if scheme.weights is not None and scheme.weights.widths]
     if maps:
         raise InvalidOption(
             f"CompressedTensorsConfig: config_groups[{maps[0]!r}].weights.num_bits is a map, and which module has which bits is "
             "told by stored codes alone. To quantize, make one group for each number of bits, whose targets name its modules"
         )
-    measured = [
-        f"config_groups[{scheme.name!r}].{part}"
-        for scheme in matcher.schemes.values()
-        for part, args in (("input_activations", scheme.inputs), ("output_activations", scheme.outputs))
-        if args is not None and args.dynamic != "yes"
-    ]
-    cache = config.kv_cache_scheme
-    if isinstance(cache, str) or (cache is not None and Arguments.of(cache).dynamic != "yes"):
-        measured.append("kv_cache_scheme")
-    measured += [
-        f"config_groups[{name!r}].weights (actorder 'group')"
-        for name, scheme in matcher.schemes.items()
-        if scheme.weights is not None and scheme.weights.indexed
-    ]
-    if measured:
-        raise CalibrationNeeded(
-            f"{', '.join(measured)}: static scales and orders of columns are measured on data, and quantizing at load has none. "
-            "Set dynamic: true (the preset FP8_DYNAMIC instead of FP8, NVFP4A16 instead of NVFP4) and actorder: null, or load a "
-            "checkpoint that was calibrated"
+    if (config.transform_config or {}).get("config_groups"):
+        raise InvalidOption(
+            "CompressedTensorsConfig: transform_config says how a checkpoint was rotated, and is written by what rotates it: "
+            "quantize(..., rotate='r1+r2+r4') (--rotate). Leave it out"
         )
-    unsupported = [name for name in ("sparsity_config", "transform_config") if getattr(config, name)]
-    if unsupported:
-        raise CalibrationNeeded(
-            f"{' and '.join(unsupported)} change the weight before it is quantized; quantizing at load only rounds. Leave "
-            "them out, or load a checkpoint that was made with them"
+    if isinstance(config.kv_cache_scheme, str):
+        raise InvalidOption(
+            f"CompressedTensorsConfig: kv_cache_scheme is {config.kv_cache_scheme!r}; to quantize it must say its bits and type, "
+            "e.g. {'num_bits': 8, 'type': 'float'}"
         )
+    if config.sparsity_config and config.sparsity_config.get("format") not in (None, "dense"):
+        raise InvalidOption(
+            f"CompressedTensorsConfig: sparsity_config asks for {config.sparsity_config['format']!r}, which compressed-tensors "
+            "no longer writes or reads since 0.15; pruned weights are quantized like others. Leave it out"
+        )
+
+
+def calibration_options(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What GPTQ is to do, as llm-compressor's GPTQModifier does for these groups: its damping, and their actorder."""
+    orders = {
+        ORDERS.get(
+            str(getattr(own["weights"].get("actorder"), "value", own["weights"].get("actorder"))).lower(), "natural"
+        )
+        for own in groups.values()
+        if own.get("weights") is not None
+    }
+    if len(orders) > 1:
+        raise InvalidOption(
+            "CompressedTensorsConfig: groups differ in weights.actorder, and GPTQ takes one order for a model; set one for all"
+        )
+    order = orders.pop() if orders else "natural"
+    return {"damp": 0.01, "order": "natural" if order == "natural" else "columns", "static_groups": order == "weight"}
+
+
+ORDERS = {"weight": "weight", "static": "weight", "group": "group", "dynamic": "group", "true": "group"}
 
 
 def complete(config: Any, matcher: Matcher) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
-from anybit.errors import CalibrationNeeded
+from anybit.errors import InvalidOption
 from anybit.methods._activations import TOP
 from anybit.methods._float_evidence import (
     FLOATS,
@@ -188,10 +188,7 @@ def layout_for(quantizer: Any, module: ModuleInfo) -> Layout | None:
         return None
     if module.kind == "embedding":
         return Fp8Layout(module.shape, module.dtype, block=WHOLE, scale_name="weight_scale", scale_form="flat")
-    if config.activation_scheme == "static":
-        raise CalibrationNeeded(
-            f"{module.name}: static input scales are measured on data; use activation_scheme='dynamic'"
-        )
+    static = _static(module, block, own) if config.activation_scheme == "static" and not fp4 else None
     scale_name = SCALE_NAMES[own][0]
     if fp4:
         return Fp4ExpertLayout(
@@ -200,8 +197,21 @@ def layout_for(quantizer: Any, module: ModuleInfo) -> Layout | None:
     return Fp8Layout(
         module.shape, module.dtype, block=block, weight_name=own, scale_name=scale_name,
         scale_dtype="float8_e8m0fnu" if powers else "float32", scale_form="scalar" if block == WHOLE else "grid",
-        inputs=_mx_inputs(module, {}, own) if block == MX and powers else _dynamic(block, columns), powers=powers,
+        inputs=static or (_mx_inputs(module, {}, own) if block == MX and powers else _dynamic(block, columns)), powers=powers,
     )  # fmt: skip
+
+
+def _static(module: ModuleInfo, block: Block, own: str) -> Inputs:
+    """Inputs under a scale that is measured; InvalidOption where transformers would not use it."""
+    if block in (WHOLE, MX):
+        raise InvalidOption(
+            f"{module.name}: activation_scheme is 'static', which transformers' kernels ignore where a weight has one scale, and "
+            "refuse for groups of 32. Use blocks such as [128, 128], or ModelOptConfig(quant_algo='FP8'), which stores one scale "
+            "of the weight and one of its input"
+        )
+    lead = tuple(module.shape[:-2])
+    stored: tuple[Spec, ...] = ((INPUT_SCALES[own][0], "float32", lead),)
+    return Inputs("e4m3_static", granularity="tensor", stored=stored, stacked=bool(lead))
 
 
 def _stays_dense(config: Any, module: ModuleInfo, block: Block) -> str | None:

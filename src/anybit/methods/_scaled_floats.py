@@ -7,7 +7,7 @@ last is `scales` of a subclass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import torch
@@ -228,8 +228,8 @@ class NvFp4Layout(ScaledFloatLayout):
     scale_dtype: str = "float8_e4m3fn"
     common_name: str = "weight_scale_2"
     common_shape: tuple[int, ...] = ()
-    joined: tuple[str, ...] = ()  # last names of the layers whose scale of scales is one
-    covers: float = 0.0
+    joined: tuple[str, ...] = field(default=(), compare=False)  # last names of the layers whose scale of scales is one
+    covers: float = field(default=0.0, compare=False)
 
     @property
     def alongside(self) -> tuple[str, ...]:

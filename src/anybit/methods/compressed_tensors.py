@@ -18,9 +18,10 @@ from anybit.errors import InvalidOption, NotRepresentable, did_you_mean
 from anybit.methods._compressed_schemes import (
     Arguments,
     Matcher,
+    calibration_options,
+    check_made,
     classes_of,
     complete,
-    refuse_calibration,
     widths_in,
 )
 from anybit.quantizers.base import HfQuantizer
@@ -30,6 +31,7 @@ from anybit.quantizers.registry import register_quantization_config, register_qu
 
 if TYPE_CHECKING:
     from anybit.methods._compressed_evidence import Stored
+    from anybit.quantizers.measurement import Measurement
     from anybit.weight import Layout, ModuleInfo
 
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
@@ -79,10 +81,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-# presets whose scales need no data
-DATA_FREE = (
+# presets that are made under names of their own; of the static ones data tell the scales of inputs
+NAMED = (
     "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "W4A8", "W4AFP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16", "MXFP4",
-    "MXFP8A16", "MXFP8", "MXFP6A16",
+    "MXFP8A16", "MXFP8", "MXFP6A16", "FP8", "NVFP4",
 )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ class CompressedTensorsConfig(_KeepsFile):
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config", "compression_config")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"ct-{preset.lower().replace('_', '-')}": {"config_groups": {preset: ["Linear"]}, "ignore": ["lm_head"]}
-        for preset in DATA_FREE
+        for preset in NAMED
     }
     targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize", "use_optimized_inference")
@@ -293,16 +295,24 @@ def completed_arguments(where: str, given: Any) -> dict[str, Any]:
 
 @register_quantizer("compressed-tensors")
 class CompressedTensorsHfQuantizer(HfQuantizer):
-    """compressed-tensors' layouts. From a dense checkpoint, codes are rounded to nearest as its presets do without data."""
+    """compressed-tensors' layouts. From a dense checkpoint, codes are rounded to nearest as its presets do without data.
+
+    With data, static scales are measured and integers rounded by GPTQ, as llm-compressor's modifiers do.
+    """
 
     layouts_available = True
+    calibrated_algorithm: str | None = "gptq"  # type: ignore[misc]  # of a configuration with integers only
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         config = self.quantization_config
-        self.matcher = Matcher(config.config_groups or {}, config.ignore or (), config.format)
+        self.matcher = Matcher(config.config_groups or {}, config.ignore or (), config.format, making=not pre_quantized)
         if not pre_quantized:
-            refuse_calibration(config, self.matcher)
+            check_made(config, self.matcher)
+            weights = [scheme.weights for scheme in self.matcher.schemes.values() if scheme.weights is not None]
+            fits = weights and all(args.type == "int" and args.block[0] == 1 for args in weights)
+            self.calibrated_algorithm = "gptq" if fits else None
+            calibration_options(config.config_groups or {})
 
     @functools.cached_property
     def stored(self) -> Stored:
@@ -316,10 +326,23 @@ class CompressedTensorsHfQuantizer(HfQuantizer):
 
         config = self.quantization_config
         self.decisions = {}
-        runtime = Runtime(self.matcher, self._cache(checkpoint), config.transform_config)
+        making = not self.pre_quantized
+        runtime = Runtime(self.matcher, self._cache(checkpoint), config.transform_config, making)
         runtime.attach(model, checkpoint, path_of)
         self.attached, self.folds = runtime.keys, runtime.rotations.folds
         self.rotations = runtime.rotations
+
+    def measurements(self, model: Any) -> Mapping[str, Measurement]:
+        from anybit.methods._compressed_measured import measurements
+
+        cache = self.quantization_config.kv_cache_scheme
+        if self.pre_quantized:
+            return {}
+        dtype = str(model.dtype).removeprefix("torch.")
+        return measurements(model, self.matcher, None if cache is None else Arguments.of(cache, making=True), dtype)
+
+    def calibration_options(self) -> dict[str, Any]:
+        return calibration_options(self.quantization_config.config_groups or {})
 
     rotations: Any = None
 
@@ -349,6 +372,13 @@ class CompressedTensorsHfQuantizer(HfQuantizer):
             if entry is not None:
                 self.skip_reasons[slot.module] = f"{entry!r} is in the configuration's 'ignore'"
         complete(self.quantization_config, self.matcher)
+        for scheme in self.matcher.schemes.values():
+            if scheme.weights is not None and scheme.weights.indexed:
+                self.decide(
+                    "actorder 'group' stores weight_g_idx, and compressed-tensors refuses such files since 0.19; all versions "
+                    "read 'weight'",
+                    f"config_groups[{scheme.name!r}]",
+                )
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
         layout = self.stored.layout(module, stored, peek)
