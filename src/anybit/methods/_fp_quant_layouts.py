@@ -70,6 +70,9 @@ class RotatedLayout(Layout):
         """dtype and shape of the weight's own tensors."""
         raise NotImplementedError
 
+    def static_inputs(self) -> bool:
+        return False  # fp_quant stores the weight's scale of scales for the inputs as well, and measures nothing
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
         square = (self.size, self.size)
         found = {name: self.take(tensors, name, *spec) for name, spec in self.own_specs().items()}
