@@ -59,9 +59,10 @@ class HiggsConfig(QuantizationConfigMixin):
 
 @register_quantizer("higgs")
 class HiggsHfQuantizer(HfQuantizer):
-    """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie. Made without data."""
+    """HIGGS's layout. The template in tune_metadata tells how the codes of a module lie. Made without data, better with."""
 
     layouts_available = True
+    calibrated_algorithm = "ldlq"
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         # tune_metadata is filled in for one model, and the caller's configuration may be used for another one
