@@ -406,7 +406,7 @@ def test_what_is_quantized_and_why_not():
     stack = ModuleInfo("c.experts", "experts", (4, 64, 32), "float16", class_name="Experts")
     assert four.layout_for(stack).own == ""
     for chosen, module, reason in (
-        (four, ModuleInfo("d", "embedding", (64, 32), "float16", class_name="Embedding"), "not a Embedding"),
+        (four, ModuleInfo("d", "embedding", (64, 32), "float16", class_name="Embedding"), "not Embedding"),
         (four, ModuleInfo("e", "linear", (64, 32), "float16", class_name="LoraLinear"), "not a LoraLinear"),
         (four, ModuleInfo("f", "experts", (4, 5, 30), "float16", class_name="Experts"), "from one expert"),
         (eight, stack, "no form for a stack"),

@@ -18,7 +18,7 @@ import pytest
 from anybit import errors
 from anybit.cli import errors as codes
 from anybit.cli.app import run
-from anybit.cli.looking import _ranged
+from anybit.engine.outlining import _ranged
 from anybit.cli.report import Output, duration, size
 from anybit.cli.schemes import methods, parse_setting, schemes
 

@@ -13,6 +13,7 @@ import typer
 from anybit.cli.options import ConfigFile, Debug, Device, Dtype, Json, Method, Quiet, Scheme, Setting, Source
 from anybit.cli.report import Output, number, pairs, percent, shape, size, table
 from anybit.cli.schemes import chosen, schemes
+from anybit.engine.outlining import alike
 
 All = Annotated[bool, typer.Option("--all", "-a", help="Every module by itself instead of groups of equal ones.")]
 
@@ -79,9 +80,9 @@ def inspect(
 
     found = look(path, layouts=not tensors)
     modules = found.modules if tensors or found.problems else _with_statistics(found.modules)
-    groups = _groups(
-        modules, every, name=lambda module: module.name,
-        alike=lambda module: (module.layout, number(module.bits_per_weight, 2), *module.tensors.items()),
+    groups = [(module.name, [module]) for module in modules] if every else alike(
+        modules, name=lambda module: module.name,
+        same=lambda module: (module.layout, number(module.bits_per_weight, 2), *module.tensors.items()),
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for name, members in groups:
@@ -143,10 +144,7 @@ def plan(
     from anybit.engine.load import plan as make
 
     made = make(path, wanted, dtype=dtype, device_map=device)
-    groups = _groups(
-        made.entries, every, name=lambda entry: entry.slot.module,
-        alike=lambda entry: (entry.action, entry.layout, tuple(entry.slot.shape), entry.kernel, entry.device, entry.reason),
-    )  # fmt: skip
+    groups = [(entry.slot.module, [entry]) for entry in made.entries] if every else made.outline()
     reasons: dict[str, int] = {}
     rows = []
     for name, members in groups:
@@ -214,37 +212,6 @@ def _with_statistics(modules: Iterable[Any]) -> list[Any]:
         else:
             found[module.name] = module
     return list(found.values())
-
-
-# --- groups of equal modules ----------------------------------------------------------------------------------------------
-
-
-def _groups(items: Iterable[Any], every: bool, name: Any, alike: Any) -> list[tuple[str, list[Any]]]:
-    """Modules that differ only in the numbers of their names, under a name with the numbers' range."""
-    found: dict[Any, list[Any]] = {}
-    for item in items:
-        pattern = name(item) if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", name(item))
-        found.setdefault((pattern, alike(item)), []).append(item)
-    return [(_ranged([name(item) for item in members]), members) for members in found.values()]
-
-
-def _ranged(names: list[str]) -> str:
-    """["a.0.b", "a.1.b", "a.5.b"] -> "a.{0-1,5}.b"."""
-    pieces = []
-    for column in zip(*(name.split(".") for name in names)):
-        values = list(dict.fromkeys(column))
-        pieces.append(values[0] if len(values) == 1 else "{" + _spans(sorted(map(int, values))) + "}")
-    return ".".join(pieces)
-
-
-def _spans(values: list[int]) -> str:
-    spans: list[list[int]] = []
-    for value in values:
-        if spans and value == spans[-1][1] + 1:
-            spans[-1][1] = value
-        else:
-            spans.append([value, value])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def _layout(name: str) -> str:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from anybit.engine import outlining
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -92,11 +94,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
     made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for place, column in enumerate(columns):
         right = column.startswith(">")
-        # names stay whole while they leave room for the rest of the line
-        name = place == 0 and max((len(line[0]) for line in lines), default=0) <= 46
-        made.add_column(
-            column.lstrip(">"), justify="right" if right else "left", no_wrap=right or name, overflow="fold"
-        )
+        # short cells stay whole; names, too, while they leave room for the rest of the line
+        widest = max((len(line[place]) for line in lines), default=0)
+        whole = right or widest <= (46 if place == 0 and natural <= stdout().width else 12)
+        made.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=whole, overflow="fold")
     for line in lines:
         made.add_row(*map(Text, line))
     return made
@@ -117,15 +118,8 @@ def pairs(rows: Iterable[tuple[str, Any]]) -> Any:
 
 
 def size(count: float | None) -> str:
-    """Bytes in decimal units, three digits: "13.6 MB"."""
-    if count is None:
-        return "-"
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:#.3g} {unit}"
+    """Bytes in decimal units, three digits: "13.6 MB"; "-" for None."""
+    return "-" if count is None else outlining.size(count)
 
 
 def number(value: float | None, digits: int = 3) -> str:

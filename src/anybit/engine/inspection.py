@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anybit.containers import Checkpoint
+from anybit.engine.outlining import aligned, alike, size
 from anybit.engine.source import locate, unbundled
 from anybit.errors import AnybitError
 from anybit.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
@@ -26,7 +27,7 @@ class ModuleTensors:
     bits_per_weight: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """A checkpoint at a glance. `problems`: why it would not load, in the words of the error that `load` would raise."""
 
@@ -42,6 +43,26 @@ class Inspection:
     coverage: float | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Inspection of {self.path}: {self.architecture}, {self.method or 'dense'}, {size(self.bytes_on_disk)}, "
+            f"{len(self.problems) or 'no'} problem{'' if len(self.problems) == 1 else 's'}; print it for every module>"
+        )
+
+    def __str__(self) -> str:
+        rows = [("module", "layout", "bits", "bytes")]
+        for name, members in alike(self.modules, name=lambda one: one.name, same=lambda one: (one.layout, one.bytes)):
+            bits = members[0].bits_per_weight
+            rows.append(
+                (
+                    name,
+                    members[0].layout.removesuffix("Layout"),
+                    f"{bits:.2f}" if bits is not None else "",
+                    size(sum(one.bytes for one in members)),
+                )
+            )
+        return "\n".join([repr(self), *aligned(rows), *(f"problem: {problem}" for problem in self.problems)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

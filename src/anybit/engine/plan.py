@@ -14,6 +14,7 @@ from torch import nn
 from anybit.containers import Checkpoint, TensorInfo
 from anybit.engine.names import WHOLE, Conversion, Cut, Index, Names, Sorted
 from anybit.engine.names import Part as NamedPart
+from anybit.engine.outlining import aligned, alike, size
 from anybit.engine.skeleton import Slot
 from anybit.errors import CalibrationNeeded, MissingTensor, ShapeMismatch, UnexpectedTensor, did_you_mean
 from anybit.kernels import Choice, choose
@@ -99,7 +100,7 @@ class Entry:
         return type(found).__name__ if found is not None else "dense"
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """Everything a load will do. `plain`: model tensor -> stored names; `ignored`: stored name -> reason."""
 
@@ -152,6 +153,32 @@ class Plan:
         """Of a tensor that stays dense: 16- and 32-bit floats become the model's dtype, everything else stays."""
         stored: torch.dtype = getattr(torch, info.dtype)
         return self.dtypes[key] if stored.is_floating_point and stored.itemsize > 1 else stored
+
+    def outline(self) -> list[tuple[str, list[Entry]]]:
+        """Entries of one kind and of one place in the blocks under one name: "model.layers.{0-21}.mlp.down_proj"."""
+        return alike(
+            self.entries,
+            name=lambda entry: entry.slot.module,
+            same=lambda entry: (
+                entry.action, entry.layout, tuple(entry.slot.shape), entry.kernel, entry.device, entry.reason
+            ),
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        packed = [entry for entry in self.entries if entry.action != "dense"]
+        return (
+            f"<Plan of {self.path}: {self.method or 'dense'}, {len(packed)} of {len(self.entries)} weights packed "
+            f"({self.coverage:.1%}), {size(self.bytes_in_memory)} in memory; print it for every module>"
+        )
+
+    def __str__(self) -> str:
+        rows = [("module", "layout", "shape", "bits", "kernel", "why")]
+        for name, members in self.outline():
+            first = members[0]
+            shape = "x".join(map(str, first.slot.shape))
+            bits = f"{first.bits_per_weight:.2f}"
+            rows.append((name, first.layout.removesuffix("Layout"), shape, bits, first.kernel, first.reason))
+        return "\n".join([repr(self), *aligned(rows), *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -252,6 +279,21 @@ def is_static(entry: Entry) -> bool:
     """Whether a weight that is to be quantized has static scales of its input."""
     layouts = {part.layout for part in entry.parts if part.layout is not None} if entry.action == "quantize" else set()
     return any(layout.static_inputs() for layout in layouts)
+
+
+def refuse_uncalibrated(plan: Plan) -> None:
+    """CalibrationNeeded where codes are fitted to data, and there is none: before anything is read."""
+    names = [
+        entry.slot.module
+        for entry in plan.entries
+        if entry.action == "quantize" and any(part.layout.algorithm is None for part in entry.parts if part.layout)
+    ]
+    if names:
+        raise CalibrationNeeded(
+            f"{plan.method} cannot be made of {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} from weights "
+            "alone: its codes are fitted to calibration data. Pass calibration= (--calib) with text like what the model is for, "
+            'or choose a method that needs no data, e.g. BitsAndBytesConfig(load_in_4bit=True) ("nf4")'
+        )
 
 
 def refuse_unmeasured(entries: Iterable[Entry], measurements: Mapping[str, Measurement]) -> None:

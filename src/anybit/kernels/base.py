@@ -25,6 +25,10 @@ class Kernel(ABC):
         """Why this kernel cannot run on this machine at all (not compiled, no such device), or None."""
         return None
 
+    def concerns(self, device: torch.device) -> bool:
+        """Whether a user of `device` wants to know why this kernel was not taken."""
+        return True
+
     @abstractmethod
     def refuses(self, weight: Weight, device: torch.device) -> str | None:
         """Why this weight cannot be run on `device`, or None. `weight` may lie on the meta device."""

@@ -19,7 +19,7 @@ _NOT_KERNELS = {"base", "registry", "ops"}
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel for one weight, and the reason of every better-ranked one that refused."""
+    """The kernel for one weight, and why every better-ranked one for that device refused."""
 
     kernel: Kernel
     refusals: tuple[tuple[str, str], ...]
@@ -77,7 +77,7 @@ def choose(weight: Weight, device: torch.device | str, only: str | None = None) 
     for kernel in [get(only)] if only else _kernels():
         why = kernel.unavailable() or kernel.refuses(weight, device)
         if why is None:
-            return Choice(kernel, tuple(refusals))
+            return Choice(kernel, tuple((name, why) for name, why in refusals if get(name).concerns(device)))
         refusals.append((kernel.name, why))
     reasons = "\n".join(f"  {name}: {why}" for name, why in refusals)
     raise NoKernel(f"no kernel multiplies with this weight {tuple(weight.shape)} on {device}:\n{reasons}")

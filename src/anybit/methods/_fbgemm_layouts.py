@@ -101,7 +101,7 @@ def stays_dense(module: ModuleInfo) -> str | None:
     if module.kind == "experts" and not module.class_name.startswith("Llama4"):
         return f"FBGEMM FP8 has a form for the experts of Llama 4, not for {module.class_name}"
     if module.kind in ("embedding", "conv1d"):
-        return f"FBGEMM FP8 quantizes linear layers, not a {module.class_name}"
+        return f"FBGEMM FP8 quantizes linear layers, not {module.class_name}"
     if EXPERT.search(module.name):
         return "FBGEMM FP8 has no form for experts that are stored one by one"
     return None

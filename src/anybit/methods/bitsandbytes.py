@@ -129,7 +129,7 @@ class _BnbQuantizer(HfQuantizer):
             return f"{pattern!r} is among the modules not to convert"
         if module.kind == "experts" or (module.kind != "embedding" and module.class_name in ("Linear", "Conv1D")):
             return None
-        return f"bitsandbytes quantizes Linear and Conv1D layers and stacks of experts, not a {module.class_name}"
+        return f"bitsandbytes quantizes Linear and Conv1D layers and stacks of experts, not {module.class_name}"
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         if not self.should_convert(module):

@@ -267,7 +267,7 @@ class TorchAoHfQuantizer(HfQuantizer):
         usual = module.kind in kinds
         if own.quant_type["_type"] not in MANY:
             return (
-                (own.quant_type, "") if usual else (None, f"torchao quantizes linear layers, not a {module.class_name}")
+                (own.quant_type, "") if usual else (None, f"torchao quantizes linear layers, not {module.class_name}")
             )
         table = (
             own.quant_type["_data"].get("fqn_to_config") or own.quant_type["_data"].get("module_fqn_to_config") or {}

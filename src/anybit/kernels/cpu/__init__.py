@@ -63,6 +63,9 @@ class CpuGrid(ProgramKernel):
     def unavailable(self) -> str | None:
         return native.why_not()
 
+    def concerns(self, device: torch.device) -> bool:
+        return device.type in ("cpu", "meta")
+
     def refuses(self, weight: Weight, device: torch.device) -> str | None:
         if accuracy() == "fast" and FAST.refuses(weight, device) is None:
             return "the fast kernel was asked for"
@@ -112,6 +115,9 @@ class CpuFast(CpuGrid):
         "as cpu, with inputs rounded to 8 bits in blocks of 32; only if anybit.kernels.set_accuracy('fast') asks for it"
     )
     fast = True
+
+    def concerns(self, device: torch.device) -> bool:
+        return super().concerns(device) and accuracy() == "fast"
 
     def refuses(self, weight: Weight, device: torch.device) -> str | None:
         if accuracy() != "fast":

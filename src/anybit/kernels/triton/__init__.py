@@ -41,8 +41,11 @@ class TritonGrid(ProgramKernel):
     def unavailable(self) -> str | None:
         return _unavailable()
 
+    def concerns(self, device: torch.device) -> bool:
+        return device.type in (("cpu", "meta") if interpreted() else ("cuda", "xpu"))
+
     def refuses(self, weight: Weight, device: torch.device) -> str | None:
-        if device.type not in (("cpu", "meta") if interpreted() else ("cuda", "xpu")):
+        if not self.concerns(device):
             return f"runs on GPUs, not on {device.type}"
         try:
             self.scheme_program(weight)
