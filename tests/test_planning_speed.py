@@ -13,7 +13,7 @@ import anybit
 
 WIDTH, EXPERTS = 64, 104
 BYTES = {"I32": 4, "BF16": 2, "I64": 8}
-SECONDS = 2.0  # what 20,000 modules may take
+SECONDS = 1.5  # what 20,000 modules may take; 1.2 on a quiet core
 SLACK = 3  # of machines that are slow or busy
 
 CONFIG: dict[str, Any] = {
@@ -93,7 +93,7 @@ def test_a_generated_checkpoint_plans_packed(folders: dict[int, Path]) -> None:
     assert (folders[64] / "model.safetensors").stat().st_blocks * 512 < 64 << 20  # nothing but the header was written
 
 
-def test_twenty_thousand_modules_plan_in_two_seconds(folders: dict[int, Path]) -> None:
+def test_twenty_thousand_modules_plan_in_seconds(folders: dict[int, Path]) -> None:
     assert min(seconds(folders[64]) for _ in range(2)) < SECONDS * SLACK
 
 

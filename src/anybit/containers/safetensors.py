@@ -30,6 +30,8 @@ _USUAL = re.compile(
     rb'\{ ?"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:' + _NUMBER + rb"(?:, ?" + _NUMBER + rb"){0,63})?)\], ?"
     rb'"data_offsets": ?\[(' + _NUMBER + rb"), ?(" + _NUMBER + rb")\] ?\}"
 )
+# the same with a name that needs no unescaping, and what follows
+_MEMBER = re.compile(_SPACE + rb'"([^"\\\x00-\x1f]*)"' + _SPACE + b":" + _SPACE + _USUAL.pattern + _SPACE + rb"([,}])")
 _FLAT_OBJECT = re.compile(rb"\{[^{}]{0,4096}\}")
 _COMMA_OR_END = re.compile(_SPACE + rb"([,}])")
 _OPEN = re.compile(rb"\{" + _SPACE + rb"(\})?")
@@ -78,8 +80,9 @@ class _Header:
         found: dict[str, TensorInfo] = {}
         if self.raw[:1] != b"{":
             self.fail(f"the header starts with {self.raw[:8]!r} instead of an opening brace")
-        for name in self._members():
-            self.where = name
+        empty = self._take(_OPEN, "the start of an object").group(1) is not None
+        while not empty and not self._usual_members(found):
+            name = self.where = self._name()
             if name == "__metadata__":
                 if metadata is not None:
                     self.fail("__metadata__ appears twice")
@@ -87,8 +90,10 @@ class _Header:
             elif name in found:
                 self.fail("the name appears twice in the header")
             else:
-                found[name] = self._tensor(name)
+                found[name] = self._any(name)
             self.where = ""
+            if self._ends():
+                break
         rest = _BLANK.match(self.raw, self.position)
         if rest is None or rest.end() != len(self.raw):
             self.fail(f"the header goes on after its closing brace, at byte {self.position}")
@@ -109,9 +114,39 @@ class _Header:
         if self._take(_OPEN, "the start of an object").group(1):
             return
         while True:
-            yield self._text(self._take(_KEY, "a name and a colon").group(1))
-            if self._take(_COMMA_OR_END, "a comma or the end of an object").group(1) == b"}":
+            yield self._name()
+            if self._ends():
                 return
+
+    def _name(self) -> str:
+        return self._text(self._take(_KEY, "a name and a colon").group(1))
+
+    def _ends(self) -> bool:
+        return self._take(_COMMA_OR_END, "a comma or the end of an object").group(1) == b"}"
+
+    def _usual_members(self, found: dict[str, TensorInfo]) -> bool:
+        """All members from here on that have the usual form and no mistake; whether the closing brace was met.
+
+        Nothing is consumed of the first that has another form.
+        """
+        raw, sizes, start, path = self.raw, self.sizes, 8 + len(self.raw), self.path
+        while True:
+            match = _MEMBER.match(raw, self.position)
+            if match is None:
+                return False
+            quoted, code, sides, begin, end, after = match.groups()
+            known = sizes[code, sides] if (code, sides) in sizes else self._size(code, sides)
+            try:
+                name = quoted.decode()
+            except ValueError:
+                return False
+            offset = int(begin)
+            if known is None or int(end) - offset != known[2] or name in found or name == "__metadata__":
+                return False
+            found[name] = TensorInfo(name, known[0], known[1], known[2], path, start + offset)
+            self.position = match.end()
+            if after == b"}":
+                return True
 
     def _text(self, quoted: bytes) -> str:
         try:
@@ -133,21 +168,6 @@ class _Header:
         return metadata
 
     # --- one tensor ----------------------------------------------------------------------------------------------------
-
-    def _tensor(self, name: str) -> TensorInfo:
-        return self._usual(name) or self._any(name)
-
-    def _usual(self, name: str) -> TensorInfo | None:
-        """A tensor whose entry has the usual form and no mistake; None, and nothing is consumed, for any other."""
-        match = _USUAL.match(self.raw, self.position)
-        if match is None:
-            return None
-        code, sides, begin, end = match.groups()
-        known = self.sizes[code, sides] if (code, sides) in self.sizes else self._size(code, sides)
-        if known is None or int(end) - int(begin) != known[2]:
-            return None
-        self.position = match.end()
-        return TensorInfo(name, known[0], known[1], known[2], self.path, 8 + len(self.raw) + int(begin))
 
     def _size(self, code: bytes, sides: bytes) -> tuple[str, tuple[int, ...], int] | None:
         """(torch dtype, shape in units of it, bytes) of a dtype and a shape, as they are written; None if they are wrong."""
@@ -217,14 +237,15 @@ def _check_coverage(file: RawFile, tensors: list[TensorInfo], start: int) -> Non
         raise CorruptFile(
             f"{file.path} is truncated: tensor {shorten(last.name)} ends at byte {end}, the file has {file.size}. {AGAIN}"
         )
-    position, before = start, "the header"
-    for info in tensors:
+    position = start
+    for number, info in enumerate(tensors):
         if info.offset != position:
+            before = f"tensor {shorten(tensors[number - 1].name)}" if number else "the header"
             word = "overlaps" if info.offset < position else f"leaves {info.offset - position} unused bytes after"
             raise CorruptFile(
                 f"{file.path}: the data of tensor {shorten(info.name)} {word} {before} "
                 f"(it begins at byte {info.offset}, not {position}). {AGAIN}"
             )
-        position, before = info.offset + info.nbytes, f"tensor {shorten(info.name)}"
+        position = info.offset + info.nbytes
     if position < file.size:
         raise CorruptFile(f"{file.path}: {file.size - position} bytes after the last tensor belong to nothing. {AGAIN}")

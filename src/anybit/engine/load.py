@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybit._memory import give_back_free_memory
+from anybit._memory import give_back_free_memory, without_collections
 from anybit.containers import Checkpoint
 from anybit.engine import devices, skeleton
 from anybit.engine.materialize import attach_packed, load_entry, load_plain, set_tensor, tie
@@ -137,6 +137,7 @@ class Prepared:
         return {} if self.bundle is None else self.bundle.side_files()
 
 
+@without_collections()
 def prepare(
     path: str | os.PathLike[str],
     quantization_config: Any = None,
@@ -195,6 +196,7 @@ def prepare(
     return Prepared(model, made, checkpoint, names, quantizer, folder, own_config, bundle)
 
 
+@without_collections()
 def place(prepared: Prepared, device_map: Any, max_memory: Mapping[Any, Any] | None = None) -> devices.Placement:
     """Put packed layers without numbers into the model, and decide which device each weight gets."""
     for entry in prepared.plan.entries:

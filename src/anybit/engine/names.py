@@ -108,6 +108,8 @@ class Names:
         self.base_model_prefix = model.base_model_prefix
         self._modules = {name for name, _ in model.named_modules()}
         self._parts: dict[str, tuple[str, Index] | None] = {}
+        # what `_beside` knows of a prefix: (model's name up to its last piece, slot, index, the part)
+        self._units: dict[str, tuple[str, str, Index, Part] | None] = {}
 
     def sort(self, keys: Iterable[str]) -> Sorted:
         """Place every stored tensor."""
@@ -141,13 +143,18 @@ class Names:
     def _beside(self, key: str, found: Sorted) -> bool:
         """Place a tensor that lies where a unit's dense weight would: nearly all of a packed checkpoint, and quickly."""
         prefix, _, relative = key.rpartition(".")
-        place = self._part(f"{prefix}.weight") if prefix and relative != "weight" else None
-        if place is None or f"{place[0].removesuffix('weight')}{relative}" in self.state:
+        if not prefix or relative == "weight":
             return False
-        parts = found.parts.setdefault(place[0], {})
-        part = parts.get(place[1])
-        if part is None:
-            part = parts[place[1]] = Part(prefix)
+        if prefix not in self._units:
+            place = self._part(f"{prefix}.weight")
+            self._units[prefix] = None if place is None else (place[0].removesuffix("weight"), *place, Part(prefix))
+        unit = self._units[prefix]
+        if unit is None or unit[0] + relative in self.state:
+            return False
+        _, slot, index, fresh = unit
+        if slot not in found.parts:
+            found.parts[slot] = {}
+        part = found.parts[slot].setdefault(index, fresh)
         part.stored[_relative(relative)] = key
         return True
 

@@ -54,16 +54,16 @@ class Stored:
         own = info.name.removesuffix(f".{relative}") if relative and not relative.startswith("_") else info.name
         classes = classes_of(module.kind, module.class_name)
         dense = relative in ("weight", "") and info.dtype in FLOATS and len(stored) == 1
-        if self.matcher.ignored(own, classes) or self.matcher.ignored(module.name, classes):
+        names = (own,) if own == module.name else (own, module.name)
+        if any(self.matcher.ignored(name, classes) for name in names):
             if dense:
                 return None
             self.decide("'ignore' names it, but it is stored packed, and is read as its target says", module.name)
-        for name, bases in ((own, ()), (module.name, ()), (own, classes)):
-            found = self.matcher.scheme(name, bases)
-            if found is not None:
-                if dense and found.weights is not None:
-                    self.decide("a target names it, but it is stored dense, and stays dense", module.name)
-                return found
+        found = self.matcher.scheme(own, classes, names[-1])
+        if found is not None:
+            if dense and found.weights is not None:
+                self.decide("a target names it, but it is stored dense, and stays dense", module.name)
+            return found
         every = {(scheme.weights, scheme.inputs) for scheme in self.matcher.schemes.values()}
         if dense or len(every) != 1:
             return None

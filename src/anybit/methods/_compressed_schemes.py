@@ -156,16 +156,23 @@ class Targets:
         self._exact = {target for target in named if not target.startswith("re:")}
         self._patterns = [(target, compiled(target[3:])) for target in named if target.startswith("re:")]
         self._any = _together([pattern for _, pattern in self._patterns])
-        self.find = functools.lru_cache(maxsize=1 << 17)(self._find)
+        self.classed = functools.lru_cache(maxsize=1024)(self._class_in)
 
-    def _find(self, name: str, classes: tuple[str, ...] = ()) -> str | None:
+    def find(self, name: str, classes: tuple[str, ...] = ()) -> str | None:
         """The target that names the module, None if none does. `classes`: the module's class and its bases."""
+        return self.named(name) or self.classed(classes)
+
+    def named(self, name: str) -> str | None:
+        """The same by the module's name alone."""
         if name in self._exact:
             return name
         if self._patterns and (self._any is None or self._any.match(name) is not None):
             for target, pattern in self._patterns:
                 if pattern.starts(name):
                     return target
+        return None
+
+    def _class_in(self, classes: tuple[str, ...]) -> str | None:
         return min((one for one in classes if one in self._exact), default=None)
 
 
@@ -199,12 +206,17 @@ class Matcher:
         """The entry of `ignore` that names the module."""
         return self._ignored.find(name, classes)
 
-    def scheme(self, name: str, classes: tuple[str, ...] = ()) -> Scheme | None:
-        """The scheme whose target names the module, whatever `ignore` says."""
-        target = self._targets.find(name, classes)
+    def scheme(self, name: str, classes: tuple[str, ...] = (), other: str | None = None) -> Scheme | None:
+        """The scheme whose target names the module, whatever `ignore` says. `other`: another name of it, tried second."""
+        target = self._targets.named(name)
+        if target is None and other is not None:
+            target = self._targets.named(other)
+        if target is None:
+            target = self._targets.classed(classes)
         return None if target is None else self.schemes[self._owner[target]]
 
 
+@functools.lru_cache(maxsize=256)
 def classes_of(kind: str, class_name: str) -> tuple[str, ...]:
     """Class names by which a target may mean a weight of this kind."""
     return (class_name, {"linear": "Linear", "embedding": "Embedding"}.get(kind, class_name), "Module")
