@@ -11,10 +11,10 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from anybit._lazy import LazyModule
-from anybit.errors import InvalidOption
+from anybit.errors import InvalidOption, NotRepresentable
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.matching import compiled
@@ -142,6 +142,24 @@ class QuarkConfig(QuantizationConfigMixin):
         for name in ("exclude", "ignored_layers", "modules_to_not_convert"):
             check_names(self, name)
 
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        if self.custom_mode != "quark" or not self.global_quant_config:
+            raise NotRepresentable(
+                f"QuarkConfig: a file of quant_method {self.custom_mode!r} without global_quant_config has one setting for all "
+                "modules. Start from a scheme, e.g. quark-int4-g128"
+            )
+        own = {
+            module: dict.fromkeys(self.global_quant_config) if other is None else cast(Any, other).global_quant_config
+            for module, other in settings.items()
+        }
+        made = type(self).from_dict(self.to_dict())
+        made.layer_quant_config = {
+            **copy.deepcopy(own),
+            **(made.layer_quant_config or {}),
+        } or None  # the first one counts
+        made.post_init()
+        return cast(QuantizationConfigMixin, made)
+
     @property
     def legacy(self) -> bool:
         """Whether the file has no `export` entry: written before Quark 1.0, or by hand."""
@@ -240,7 +258,8 @@ class QuarkHfQuantizer(HfQuantizer):
         if not isinstance(found, str):
             return found
         self.skip_reasons[module.name] = found
-        if self.spec_of(module.name, "weight", module.kind) is not None:
+        named = _first(module.name, config.layer_quant_config or ()) is not None  # and left dense by it
+        if named or self.spec_of(module.name, "weight", module.kind) is not None:
             setattr(config, self._excluding, [*(getattr(config, self._excluding) or ()), module.name])
         return None
 
