@@ -108,8 +108,8 @@ class Names:
         self.base_model_prefix = model.base_model_prefix
         self._modules = {name for name, _ in model.named_modules()}
         self._parts: dict[str, tuple[str, Index] | None] = {}
-        # what `_beside` knows of a prefix: (model's name up to its last piece, slot, index, the part)
-        self._units: dict[str, tuple[str, str, Index, Part] | None] = {}
+        # what `_beside` knows of a prefix: (model's name up to its last piece, slot, index)
+        self._units: dict[str, tuple[str, str, Index] | None] = {}
 
     def sort(self, keys: Iterable[str]) -> Sorted:
         """Place every stored tensor."""
@@ -147,14 +147,15 @@ class Names:
             return False
         if prefix not in self._units:
             place = self._part(f"{prefix}.weight")
-            self._units[prefix] = None if place is None else (place[0].removesuffix("weight"), *place, Part(prefix))
+            self._units[prefix] = None if place is None else (place[0].removesuffix("weight"), *place)
         unit = self._units[prefix]
         if unit is None or unit[0] + relative in self.state:
             return False
-        _, slot, index, fresh = unit
-        if slot not in found.parts:
-            found.parts[slot] = {}
-        part = found.parts[slot].setdefault(index, fresh)
+        _, slot, index = unit
+        parts = found.parts.setdefault(slot, {})
+        part = parts.get(index)
+        if part is None:  # a part belongs to one sorting: files are sorted again, with other tensors
+            part = parts[index] = Part(prefix)
         part.stored[_relative(relative)] = key
         return True
 
