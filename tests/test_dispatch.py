@@ -194,9 +194,14 @@ def test_methods_fitted_to_data_cannot_be_created_at_load():
     ):
         Fitted(config, pre_quantized=False)
     spec = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
-    static = {"quant_method": "quark", "export": {}, "global_quant_config": {"weight": spec, "input_tensors": spec}}
-    with pytest.raises(CalibrationNeeded, match=r"global_quant_config.input_tensors.*Set is_dynamic: true"):
-        AutoHfQuantizer.from_config(static, pre_quantized=False)
+    fitted_to_data = {
+        "quant_method": "quark",
+        "export": {},
+        "global_quant_config": {"weight": spec},
+        "algo_config": [{}],
+    }
+    with pytest.raises(CalibrationNeeded, match=r"algo_config, which needs data"):
+        AutoHfQuantizer.from_config(fitted_to_data, pre_quantized=False)
     assert issubclass(CalibrationNeeded, ValueError)
 
 

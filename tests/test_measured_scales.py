@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import anybit
 from anybit.errors import CalibrationNeeded
 from anybit.methods.modelopt import ModelOptConfig
+from anybit.methods.quark import QuarkConfig, specification
 
 IDS = torch.randint(0, 96, (6, 16), generator=torch.Generator().manual_seed(0))
 SIZES: dict[str, Any] = {
@@ -184,3 +185,58 @@ def test_recipes_with_a_search_fold_before_they_measure(dense: Path, tmp_path: P
     x = torch.nn.functional.rms_norm(plain["model.embed_tokens.weight"][IDS], (64,), None, 1e-6)
     largest = float((x * stored[norm]).abs().max())
     assert float(stored["model.layers.0.self_attn.q_proj.input_scale"]) == pytest.approx(largest / 127, rel=1e-4)
+
+
+def _quark(inputs: dict[str, Any], outputs: dict[str, Any] | None = None) -> QuarkConfig:
+    weight = specification("fp8_e4m3", "per_tensor")
+    cache = (
+        {} if outputs is None else {"kv_cache_quant_config": {"*k_proj": {"weight": weight, "output_tensors": outputs}}}
+    )
+    named = {"layer_quant_config": {"*k_proj": {"weight": weight, "input_tensors": inputs, "output_tensors": outputs}}}
+    return QuarkConfig(
+        global_quant_config={"weight": weight, "input_tensors": inputs}, **(named if outputs else {}), **cache
+    )
+
+
+def test_quark_measures_inputs_and_outputs(dense: Path, tmp_path: Path) -> None:
+    """FP8: max / 448. int8: max / 127.5 and 0, or (max - min) / 255 and -128 - round(min / scale)."""
+    fp8 = specification("fp8_e4m3", "per_tensor")
+    anybit.quantize(dense, tmp_path / "fp8", _quark(fp8, fp8), calibration=IDS)
+    stored, seen = load_file(tmp_path / "fp8" / "model.safetensors"), largest_inputs(dense, IDS)
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        assert float(stored[f"model.layers.0.{name}.input_scale"]) == pytest.approx(seen[name] / 448, rel=1e-5)
+    # keys before their rotation, which changes no length of a pair of numbers by more than the square root of two
+    scale = float(stored["model.layers.0.self_attn.k_proj.output_scale"])
+    assert seen["keys"] / 448 / 2**0.5 <= scale <= seen["keys"] / 448 * 2**0.5
+    assert sum("output_scale" in name for name in stored) == 2
+    model: Any = anybit.load(tmp_path / "fp8")
+    with torch.no_grad():
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(dense)(IDS).logits
+        assert ((model(IDS).logits - wanted).norm() / wanted.norm()) < 0.06
+    for symmetric in (True, False):
+        int8 = specification("int8", "per_tensor", symmetric=symmetric)
+        folder = tmp_path / f"int8-{symmetric}"
+        anybit.quantize(dense, folder, _quark(int8), calibration=IDS)
+        stored = load_file(folder / "model.safetensors")
+        own = {name: stored[f"model.layers.0.mlp.down_proj.input_{name}"] for name in ("scale", "zero_point")}
+        if symmetric:
+            assert float(own["scale"]) == pytest.approx(seen["mlp.down_proj"] / 127.5, rel=1e-5)
+            assert int(own["zero_point"]) == 0
+        else:
+            assert float(own["scale"]) <= 2 * seen["mlp.down_proj"] / 255 * (1 + 1e-5)
+            # the larger end stands at the end of the codes
+            ends = [(code - int(own["zero_point"])) * float(own["scale"]) for code in (-128, 127)]
+            assert max(map(abs, ends)) == pytest.approx(seen["mlp.down_proj"], rel=0.01)
+        with torch.no_grad():
+            assert torch.isfinite(anybit.load(folder)(IDS).logits).all()
+
+
+def test_quark_without_data_says_what_is_missing(dense: Path, tmp_path: Path) -> None:
+    fp8 = specification("fp8_e4m3", "per_tensor")
+    with pytest.raises(CalibrationNeeded, match="--calib"):
+        anybit.quantize(dense, tmp_path / "no", _quark(fp8))
+    config = QuarkConfig(quant_method="fp8", activation_scheme="static", export={})
+    with pytest.raises(CalibrationNeeded, match="--calib"):
+        anybit.plan(dense, config)
+    anybit.quantize(dense, tmp_path / "made", config, calibration=IDS)
+    assert "model.layers.0.mlp.up_proj.input_scale" in load_file(tmp_path / "made" / "model.safetensors")

@@ -16,6 +16,7 @@ from anybit.containers.info import TensorInfo
 from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.kernels.reference import multiply
 from anybit.methods import _quark_layouts as layouts
+from anybit.methods import _quark_states as states
 from anybit.methods.quark import QuarkConfig, QuarkHfQuantizer, specification
 from anybit.quantizers.named import from_scheme
 from anybit.weight import ModuleInfo, levels
@@ -146,10 +147,10 @@ def test_fp8_and_int8_of_a_matrix_or_each_output(shape: tuple[int, ...]) -> None
 def test_exponents_of_mx_inputs_round_as_the_configuration_says(mode: str, wanted: float) -> None:
     x = torch.zeros(1, 32)
     x[0, 0], x[0, 1] = 15.0, 0.25 * wanted
-    found = layouts.rounded_mx(x, "fp4", mode)  # under 2 the largest is 12, and 1/4 of a scale is a tie
+    found = states.rounded_mx(x, "fp4", mode)  # under 2 the largest is 12, and 1/4 of a scale is a tie
     assert found[0, 0] == (12.0 if wanted == 2.0 else 16.0)
     assert found[0, 1] == 0.0
-    assert not layouts.rounded_mx(torch.zeros(2, 64), "fp6_e2m3", mode).any()
+    assert not states.rounded_mx(torch.zeros(2, 64), "fp6_e2m3", mode).any()
 
 
 def test_dynamic_fp8_inputs_have_one_scale() -> None:
@@ -452,10 +453,11 @@ def test_what_only_data_tells_is_refused_with_a_cure() -> None:
         return QuarkHfQuantizer(QuarkConfig(**config), pre_quantized=False)
 
     weight = {"weight": FP8}
-    with pytest.raises(CalibrationNeeded, match=r"layer_quant_config\['\*v'\].output_tensors: static scales"):
-        create(global_quant_config=weight, layer_quant_config={"*v": {**weight, "output_tensors": FP8}})
-    with pytest.raises(CalibrationNeeded, match="activation_scheme='static'"):
-        create(quant_method="fp8", activation_scheme="static", export={})
+    dynamic = {**FP8, "is_dynamic": True}
+    with pytest.raises(InvalidOption, match=r"layer_quant_config\['\*v'\].output_tensors is dynamic"):
+        create(global_quant_config=weight, layer_quant_config={"*v": {**weight, "output_tensors": dynamic}})
+    with pytest.raises(InvalidOption, match="kv_cache_scheme is 'static'"):
+        create(quant_method="fp8", kv_cache_scheme="static", export={})
     with pytest.raises(CalibrationNeeded, match="algo_config, which needs data"):
         create(global_quant_config=weight, algo_config=[{"name": "gptq"}])
     with pytest.raises(InvalidOption, match="no weight to quantize"):

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from anybit.errors import CalibrationNeeded, InvalidOption
-from anybit.methods import _quark_layouts as layouts
+from anybit.methods import _quark_floats as floats
+from anybit.methods import _quark_integers as integers
+from anybit.methods import _quark_states as states
+from anybit.methods._quark_layouts import is_symmetric
 
 if TYPE_CHECKING:
     from anybit.weight.layout import Layout, ModuleInfo
@@ -14,24 +17,19 @@ if TYPE_CHECKING:
 INTEGERS = ("int4", "uint4", "int8", "uint8", "uint2")
 FP8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 SCALE_TYPES = ("float32", "float16", "bfloat16")
-CURE = (
-    "static scales are measured on data. Set is_dynamic: true for inputs, leave outputs out, or load a checkpoint that was "
-    "calibrated"
-)
 
 
 def refuse(config: Any) -> None:
-    """CalibrationNeeded where the configuration asks for what only data tells, InvalidOption for what is not made."""
+    """CalibrationNeeded where the configuration asks for an algorithm on data, InvalidOption for what is not made."""
     if config.custom_mode == "awq":
         raise InvalidOption(
             "QuarkConfig: quant_method 'awq' writes AutoAWQ's tensors; make them with AwqConfig (--method awq)"
         )
-    if config.custom_mode == "fp8":
-        static = [name for name in ("activation_scheme", "kv_cache_scheme") if getattr(config, name) == "static"]
-        if static:
-            raise CalibrationNeeded(
-                f"QuarkConfig: {' and '.join(f'{name}=' + repr('static') for name in static)}: {CURE}"
-            )
+    if config.custom_mode == "fp8" and config.kv_cache_scheme is not None:
+        raise InvalidOption(
+            f"QuarkConfig: kv_cache_scheme is {config.kv_cache_scheme!r}; files of quant_method 'fp8' with a quantized cache are "
+            "not made here. Use quant_method 'quark' and kv_cache_quant_config"
+        )
     asked = [name for name in ("algo_config", "softmax_quant_spec") if getattr(config, name)]
     if asked:
         raise CalibrationNeeded(
@@ -42,18 +40,17 @@ def refuse(config: Any) -> None:
         raise InvalidOption(
             "QuarkConfig: export.weight_format is 'fake_quantized', which keeps weights dense; use 'real_quantized'"
         )
-    measured, found = [], config.custom_mode == "fp8"
+    found = config.custom_mode == "fp8"
     for where, settings in _settings(config):
         found = found or bool(settings.get("weight"))
-        for part in ("input_tensors", "output_tensors", "bias"):
-            spec = settings.get(part)
-            if spec and part == "bias":
-                raise InvalidOption(
-                    f"QuarkConfig: {where}.bias quantizes biases, which is not done here; set it to null"
-                )
-            measured += [f"{where}.{part}" for own in _listed(spec) if not own.get("is_dynamic")]
-    if measured:
-        raise CalibrationNeeded(f"QuarkConfig: {', '.join(measured)}: {CURE}")
+        if settings.get("bias"):
+            raise InvalidOption(f"QuarkConfig: {where}.bias quantizes biases, which is not done here; set it to null")
+        outputs = settings.get("output_tensors")
+        if any(own.get("is_dynamic") for own in _listed(outputs)):
+            raise InvalidOption(
+                f"QuarkConfig: {where}.output_tensors is dynamic, and outputs are quantized by stored scales alone; set "
+                "is_dynamic: false, and quantize with calibration data"
+            )
     if not found:
         raise InvalidOption(
             "QuarkConfig names no weight to quantize; set global_quant_config.weight, or use a scheme such as quark-int4-g128"
@@ -87,30 +84,30 @@ def layout_for(quantizer: Any, module: ModuleInfo) -> Layout | str:
         return "the configuration does not quantize its weight"
     dtype, scheme = str(spec.get("dtype")), spec.get("qscheme")
     columns = module.shape[1]
-    size = int(spec.get("group_size") or (32 if dtype in layouts.MX else 0))
+    size = int(spec.get("group_size") or (32 if dtype in states.MX else 0))
     if scheme == "per_group":
         size = columns if size == -1 else size
         if size <= 0:
             raise InvalidOption(f"{module.name}: qscheme is 'per_group' and group_size is {spec.get('group_size')!r}")
         if columns % size:
             return f"weights are in groups of {size} inputs, and {columns} is no multiple"
-    inputs = layouts.inputs_of(module, inputs_spec, {})
+    inputs = states.inputs_of(module, inputs_spec, {}, making=True)
     numbers = _scale_dtype(spec, module.dtype)
-    if dtype in layouts.MX and scheme == "per_group" and spec.get("scale_format") == "e8m0":
+    if dtype in states.MX and scheme == "per_group" and spec.get("scale_format") == "e8m0":
         mode = str(spec.get("scale_calculation_mode") or "even")
-        if mode not in layouts.MODES:
-            raise InvalidOption(f"{module.name}: scale_calculation_mode is {mode!r}; known are {layouts.MODES}")
+        if mode not in states.MODES:
+            raise InvalidOption(f"{module.name}: scale_calculation_mode is {mode!r}; known are {states.MODES}")
         if columns % (2 if dtype == "fp4" else 4):
             return f"codes share bytes, and {columns} inputs do not fill them"
-        return layouts.FloatLayout(
-            module.shape, module.dtype, levels=layouts.MX[dtype][0], block=(1, size), weight_dtype="uint8",
+        return floats.FloatLayout(
+            module.shape, module.dtype, levels=states.MX[dtype][0], block=(1, size), weight_dtype="uint8",
             scale_dtype="uint8", inputs=inputs, mode=mode,
         )  # fmt: skip
     if dtype in FP8 and scheme in ("per_tensor", "per_channel") and _rows_are_channels(spec):
         whole = scheme == "per_tensor"
-        return layouts.FloatLayout(
+        return floats.FloatLayout(
             module.shape, module.dtype, block=(0, 0) if whole else (1, 0), scale_dtype=numbers,
-            scale_form="scalar" if whole else "flat", inputs=inputs, levels=layouts.FP8[FP8[dtype]], weight_dtype=FP8[dtype],
+            scale_form="scalar" if whole else "flat", inputs=inputs, levels=floats.FP8[FP8[dtype]], weight_dtype=FP8[dtype],
         )  # fmt: skip
     if dtype in INTEGERS and (spec.get("zero_point_type") or "int32") == "int32" and _rows_are_channels(spec):
         return _integers(quantizer, module, spec, size, numbers, inputs)
@@ -122,7 +119,7 @@ def _integers(
 ) -> Layout | str:
     dtype, scheme = str(spec["dtype"]), spec.get("qscheme")
     rows, columns = module.shape
-    symmetric, signed = layouts.is_symmetric(spec), not dtype.startswith("u")
+    symmetric, signed = is_symmetric(spec), not dtype.startswith("u")
     if symmetric and not signed:
         raise InvalidOption(f"{module.name}: {dtype} has no code below zero; set symmetric: false, or use {dtype[1:]}")
     if scheme == "per_tensor" and spec.get("scale_type") not in SCALE_TYPES:
@@ -130,7 +127,7 @@ def _integers(
     common: dict[str, Any] = {"inputs": inputs, "symmetric": symmetric}
     shape = () if scheme == "per_tensor" else (rows,)
     if dtype.endswith("8") and scheme in ("per_tensor", "per_channel"):
-        return layouts.BytesLayout(
+        return integers.BytesLayout(
             module.shape, module.dtype, scale=("weight_scale", numbers, shape),
             zero=("weight_zero_point", dtype, shape), element=dtype, **common,
         )  # fmt: skip
@@ -140,7 +137,7 @@ def _integers(
         if rows * bits % 8:
             return f"four outputs share a byte, and {rows} is no multiple"
         element = "uint8" if dtype == "uint2" else dtype
-        return layouts.TurnedBytesLayout(
+        return integers.TurnedBytesLayout(
             module.shape, module.dtype, scale=("weight_scale", numbers, (groups, rows)),
             zero=("weight_zero_point", element, (groups, rows * bits // 8)), element=element, bits=bits, group_size=size,
             **common,
@@ -149,14 +146,14 @@ def _integers(
     if dtype.endswith("4") and scheme in ("per_tensor", "per_channel"):
         if columns % 8 or rows % 8:
             return f"eight codes share a word, and {rows} outputs of {columns} inputs do not fill them"
-        return layouts.RowWordsLayout(
+        return integers.RowWordsLayout(
             module.shape, module.dtype, scale=("weight_scale", numbers, shape),
             zero=("weight_zero_point", "int32", (rows // 8,) if shape else ()), **common,
         )  # fmt: skip
     if dtype.endswith("4") and scheme == "per_group":
         if rows % 8:
             return f"eight outputs share a word, and {rows} is no multiple"
-        return layouts.WordsLayout(
+        return integers.WordsLayout(
             module.shape, module.dtype, scale=("weight_scale", numbers, (groups, rows)),
             zero=("weight_zero_point", "int32", (groups, rows // 8)), group_size=size, **common,
         )  # fmt: skip

@@ -29,7 +29,10 @@ NAN_E4M3 = 0x7F
 
 @dataclass(frozen=True)
 class Inputs:
-    """How a layout's input is quantized. `stored`: static scales, in the rule's order. `limit`: magnitudes are clipped to it."""
+    """How a layout's input is quantized. `stored`: static scales, in the rule's order. `limit`: magnitudes are clipped to it.
+
+    `shifted`: of static scales that are made, whether the zero point beside them is anything but 0.
+    """
 
     rule: str
     dtype: str = "e4m3"
@@ -38,6 +41,7 @@ class Inputs:
     stored: tuple[Spec, ...] = ()
     stacked: bool = False
     limit: float | None = None
+    shifted: bool = False
 
     def activation(self, tensors: tuple[Tensor, ...]) -> Activation:
         """What a weight carries."""

@@ -24,10 +24,13 @@ from anybit.quantizers.registry import register_quantization_config, register_qu
 if TYPE_CHECKING:
     from anybit.methods import _quark_creation as creation
     from anybit.methods import _quark_layouts as layouts
+    from anybit.methods import _quark_states as states
+    from anybit.quantizers.measurement import Measurement
     from anybit.weight import Layout, ModuleInfo
 else:
     creation = LazyModule("anybit.methods._quark_creation")
     layouts = LazyModule("anybit.methods._quark_layouts")
+    states = LazyModule("anybit.methods._quark_states")
 
 EXPORT = {
     "weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0,
@@ -263,6 +266,17 @@ class QuarkHfQuantizer(HfQuantizer):
             setattr(config, self._excluding, [*(getattr(config, self._excluding) or ()), module.name])
         return None
 
+    def measurements(self, model: Any) -> Mapping[str, Measurement]:
+        if self.pre_quantized:
+            return {}
+        dtype = str(model.dtype).removeprefix("torch.")
+        found: dict[str, Measurement] = {}
+        for name, module in model.named_modules():
+            spec = self.spec_of(name, "output_tensors") if hasattr(module, "in_features") else None
+            if spec is not None:
+                found[name] = states.OutputMeasured(spec, dtype)
+        return found
+
     # --- reading ---
 
     def spelled_out(self, checkpoint: Any) -> Any:
@@ -273,7 +287,7 @@ class QuarkHfQuantizer(HfQuantizer):
             raise refuse(
                 self.quantization_config, "kv_cache_post_rope", "keys are rounded before their rotary embedding here"
             )
-        self.attached = layouts.attach_outputs(
+        self.attached = states.attach_outputs(
             model, checkpoint, path_of, lambda name: self.spec_of(name, "output_tensors")
         )
 
