@@ -10,8 +10,9 @@ import torch
 
 import anybit
 from anybit.engine import allocate as allocating
+from anybit.engine.advice_plans import bytes_written
 from anybit.engine.allocate import _Unit, allocate, solve
-from anybit.engine.recommend import bytes_written
+from anybit.engine.recipe import quantize_by_recipe
 from anybit.engine.sensitivity import sensitivity
 from anybit.errors import ConfigError, InvalidOption, MissingDependency, NotRepresentable
 from anybit.quantizers.named import from_scheme
@@ -20,6 +21,7 @@ pytest.importorskip("scipy")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL, TEXT = EXAMPLES / "tiny-llama", EXAMPLES / "data" / "calibration.txt"
+OTHER_TEXT = EXAMPLES / "data" / "evaluation.txt"
 SMALL = {"samples": 2, "sequence_length": 32}
 MIX = ["gptq-2bit-g64", "gptq-3bit-g64", "gptq-4bit-g64"]
 
@@ -126,6 +128,20 @@ class TestAllocation:
         assert bytes_written(plan) == found.bytes
         bits = {entry.slot.module.rpartition(".")[2]: entry.bits_per_weight for entry in plan.entries}
         assert bits["gate_proj"] == bits["up_proj"]  # fused in serving programs
+
+    def test_a_mix_beats_the_uniform_choice_of_equal_size(self, tmp_path):
+        """At the very size of 3 bits everywhere; the text that decides, and that of the test, were measured on by nothing."""
+        uniform = "gptq-3bit-g64"
+        size = bytes_written(anybit.plan(MODEL, from_scheme(uniform)))
+        found = allocate(MODEL, TEXT, memory=size, schemes=MIX, samples=2, sequence_length=128)
+        assert found.mixed
+        assert (found.uniform, found.uniform_bytes) == (uniform, size)
+        assert found.bytes <= size
+        assert found.perplexity < found.uniform_perplexity
+        quantize_by_recipe(MODEL, tmp_path / "mix", found.recipe)
+        anybit.quantize(MODEL, tmp_path / "uniform", from_scheme(uniform))
+        mix, same = (anybit.evaluate(tmp_path / name, OTHER_TEXT, max_tokens=8192) for name in ("mix", "uniform"))
+        assert mix.perplexity < same.perplexity
 
     def test_impossible_budgets_say_the_smallest(self, little):
         with pytest.raises(InvalidOption, match=r"the smallest mix has .* MB of tensors \(2\.\d+ bits"):

@@ -29,6 +29,8 @@ CARRIERS = [
     ("mlx-4bit-g64", "mlx-8bit-g32"),
     ("ct-w4a16", "ct-fp8-dynamic"),
     ("torchao-int4-g64", "torchao-int8"),
+    ("quark-uint4-g32", "quark-int8"),
+    ("quark-mxfp4", "quark-fp8-ptpc"),
 ]
 
 

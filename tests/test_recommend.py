@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from anybit.cli.app import run
 from anybit.containers import Checkpoint
 from anybit.engine import advice_rules as rules
 from anybit.engine.memory import cache_bytes, parse_size, shape_of
-from anybit.engine.recommend import MEASURED, recommend
+from anybit.engine.recommend import recommend
 from anybit.errors import CheckpointError, InvalidOption
 from anybit.quantizers.named import from_scheme, schemes
 
@@ -94,7 +95,8 @@ class TestSizes:
 
 class TestOrder:
     def test_every_scheme_has_a_place_and_a_reason(self, usual):
-        assert {one.scheme for one in usual.candidates} >= set(json.loads(MEASURED.read_text())) & {*schemes(), "dense"}
+        planned = {one.scheme for one in usual.candidates} | {name for name, _ in usual.others}
+        assert planned >= {*schemes(), "dense"}
         assert all(one.why for one in usual.candidates)
         assert [one.order for one in usual.choices] == sorted(one.order for one in usual.choices)
         assert not any(one.obstacle for one in usual.candidates[: len(usual.choices)])
@@ -147,6 +149,11 @@ class TestWishes:
         assert words[-4:] == ["--scheme", "gptq-4bit-g64", "--calib", "TEXT_FILE"]
         plain = named(recommend(MODEL, device="cpu", calibration=False))["gptq-4bit-g64"]
         assert "--calib" not in plain.command
+        static = named(usual)["modelopt-fp8"]  # scales of inputs that only data tells
+        assert (static.calibration, static.obstacle) == ("needed", "")
+        assert "--calib" in static.command
+        without = named(recommend(MODEL, device="cpu", calibration=False))["modelopt-fp8"]
+        assert without.obstacle == "it needs calibration data"
 
     def test_hardware_that_is_not_here_is_assumed(self):
         if torch.accelerator.is_available():
@@ -155,6 +162,20 @@ class TestWishes:
         assert found.memory is None
         assert any("not in this machine" in note for note in found.assumptions)
         assert found.choices
+
+    def test_a_device_that_torch_has_no_name_for(self):
+        found = recommend(MODEL, device="npu3000")
+        assert found.device == "npu3000"
+        assert any("torch has no device 'npu3000' here" in note for note in found.assumptions)
+        assert named(found)["nf4"].speed in ("slower", "much slower")  # decoded by the reference kernel
+        with pytest.raises(InvalidOption, match="no device 'cdua'; did you mean 'cuda'"):
+            recommend(MODEL, device="cdua")
+
+    def test_files_that_are_no_smaller_are_no_choice(self, usual):
+        dense = named(usual)["dense"].bytes_written
+        large = [one for one in usual.candidates if one.scheme != "dense" and one.bytes_written >= dense]
+        assert large
+        assert all(one.obstacle for one in large)
 
     @pytest.mark.parametrize("text", ["8 GB", "8gb", "8e9", 8_000_000_000])
     def test_sizes(self, text):
@@ -191,6 +212,13 @@ class TestOtherModels:
         kinds = dict(found.conversions)
         assert kinds["gptq-4bit-g64"] == "exact"
         assert "nf4" not in kinds
+        assert found.present_targets == from_scheme("awq-4bit-g64").served_by()
+        assert found.present_trains
+        assert 0 < found.present_needs < 8e9
+        aimed = dict(recommend(tmp_path / "awq", memory="8GB", target="mlx").conversions)
+        assert aimed == {
+            name: kind for name, kind in kinds.items() if "mlx" in schemes()[name][0](**schemes()[name][1]).served_by()
+        }
         done = anybit.convert(tmp_path / "awq", tmp_path / "gptq", from_scheme("gptq-4bit-g64"))
         assert set(done.counts) == {"exact"}
 
@@ -199,7 +227,8 @@ class TestCommand:
     def test_table_and_json(self, capsys):
         assert run(["recommend", str(MODEL), "--memory", "8GB", "--device", "cpu"]) == 0
         out = capsys.readouterr().out
-        assert "the first one: anybit quantize" in out
+        assert re.search(r"^the first one +anybit quantize ", out, re.MULTILINE)
+        assert re.search(r"^calibration +(not needed|helps)$", out, re.MULTILINE)
         assert "taken for granted" in out
         assert run(["recommend", str(MODEL), "--memory", "8GB", "--device", "cpu", "--json"]) == 0
         data = json.loads(capsys.readouterr().out)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import BROWSER, Browser
 
 import anybit
 from anybit import BitsAndBytesConfig, GPTQConfig
 from anybit.cli.app import run
+from anybit.engine.sensitivity import Cost, read_costs
 from anybit.errors import ConfigError, WriteError
 from anybit.reporting import Facts, gather, write_card
+from anybit.reporting.card import card
+from anybit.reporting.charts import sensitivity
 from anybit.reporting.page import page
 
 ROOT = Path(__file__).parent.parent
@@ -119,10 +123,19 @@ def test_text_of_others_is_text(facts: Facts, parsed: Page) -> None:
 
 def test_the_card_has_metadata_and_figures(facts: Facts, tmp_path: Path) -> None:
     import yaml
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard_data import model_index_to_eval_results
 
     text = write_card(facts, tmp_path).read_text(encoding="utf-8")
     head = yaml.safe_load(text.split("---")[1])
+    results = head.pop("model-index")
     assert head == {"library_name": "transformers", "tags": ["anybit", "bitsandbytes"]}, "a folder is no base_model"
+    (result,) = model_index_to_eval_results(results)[1][:1]
+    assert result.metric_type == "perplexity"
+    assert result.metric_value == pytest.approx(facts.evaluation.perplexity, rel=1e-5)  # type: ignore[union-attr]
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers"
+    assert [one.metric_type for one in card.data.eval_results] == ["perplexity", "kl", "top1_agreement"]
     assert f"| perplexity | {facts.evaluation.perplexity:.3f}" in text  # type: ignore[union-attr]
     write_card(facts, tmp_path)
     (tmp_path / "README.md").write_text("# mine\n")
@@ -131,9 +144,17 @@ def test_the_card_has_metadata_and_figures(facts: Facts, tmp_path: Path) -> None
     assert "bitsandbytes" in write_card(facts, tmp_path, force=True).read_text(encoding="utf-8")
 
 
+def test_a_hub_id_is_the_base_model(facts: Facts) -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card(replace(facts, reference="owner/name"))).data
+    assert (data.base_model, data.to_dict()["base_model_relation"]) == ("owner/name", "quantized")
+
+
 def test_less_is_shown_where_less_was_given(folder: Path) -> None:
     text = page(gather(folder / "gptq", command="x"))
     assert 'id="summary"' in text
+    assert 'id="recipe"' not in text
     assert 'id="errors"' not in text
     with pytest.raises(ConfigError, match="not quantized"):
         gather(MODEL, command="x")
@@ -154,34 +175,87 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run(["quantize", str(MODEL), "-o", str(tmp_path / "x"), "-s", "int8", "--report-text", str(TEXT)]) == 2
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def test_costs_of_modules_become_a_curve(facts: Facts, tmp_path: Path) -> None:
+    costs = [
+        Cost(f"model.layers.{layer}.mlp.up_proj", scheme, 1, 0.1, 0.1, 10.0**-layer * size)
+        for layer in range(3)
+        for scheme, size in (("gptq-3bit-g64", 0.1), ("gptq-4bit-g64", 0.01))
+    ]
+    file = tmp_path / "costs.json"
+    file.write_text(
+        json.dumps({"fingerprint": "x", "costs": {f"{one.module} {one.scheme}": vars(one) for one in costs}})
+    )
+    assert read_costs(file) == tuple(costs)
+    found = Page()
+    found.feed(page(replace(facts, costs=costs)))
+    assert {"sensitivity"} <= {attributes.get("id") for tag, attributes in found.seen if tag == "section"}
+    assert "1.00e-01" in found.words, "the dearest module in 3 bits"
+    drawn = sensitivity(costs, "kl")
+    assert all(scheme in drawn for scheme in ("gptq-3bit-g64", "gptq-4bit-g64"))
+    with pytest.raises(ConfigError, match=r"costs .*cots\.json cannot be read.*did you mean .*costs\.json"):
+        read_costs(tmp_path / "cots.json")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-def test_in_a_browser(facts: Facts, tmp_path: Path) -> None:
-    """It is drawn at the width of a phone, in the colours the reader prefers."""
-    from PIL import Image
+@pytest.fixture(scope="module")
+def browser(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Path]]:
+    if BROWSER is None:
+        pytest.skip("no chromium here")
+    folder = tmp_path_factory.mktemp("browser")
+    file = folder / "page.html"
+    file.write_text(page(replace(facts, recipe={"recipe": 1, "quantization": {"scheme": "nf4"}})), encoding="utf-8")
+    with Browser(folder / "profile") as opened:
+        yield opened, file
 
-    assert BROWSER is not None
-    (tmp_path / "page.html").write_text(page(facts), encoding="utf-8")
-    corners = {}
-    for name, flags in (("light", []), ("dark", ["--blink-settings=preferredColorScheme=0"])):
-        shot = tmp_path / f"{name}.png"
-        subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,900", *flags, f"--screenshot={shot}",
-             f"--user-data-dir={tmp_path / name}", (tmp_path / "page.html").as_uri()],
-            capture_output=True, timeout=120, check=True,
-        )  # fmt: skip
-        with Image.open(shot) as image:
-            corners[name] = image.convert("RGB").getpixel((2, 2))
-            colours = image.convert("RGB").getcolors(1 << 24)
-        assert colours is not None
-        assert len(colours) > 50, "an empty page"
-    assert min(corners["light"]) > 240  # type: ignore[arg-type]
-    assert max(corners["dark"]) < 40  # type: ignore[arg-type]
-    dumped = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path / 'dom'}",
-         (tmp_path / "page.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
-    assert len(re.findall(r"<svg", dumped)) == len(facts.histograms) + 2
+
+class TestInABrowser:
+    def test_in_the_colours_the_reader_prefers(self, browser: tuple[Browser, Path]) -> None:
+        opened, file = browser
+        shades = {}
+        for scheme in ("light", "dark"):
+            opened.show(file, 1000, scheme)
+            for part in ("backgroundColor", "color"):
+                colour = opened.value(f"getComputedStyle(document.body).{part}")
+                shades[scheme, part] = sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+        assert shades["light", "backgroundColor"] > 240 > 60 > shades["light", "color"]
+        assert shades["dark", "backgroundColor"] < 40 < 200 < shades["dark", "color"]
+
+    @pytest.mark.parametrize("width", [320, 390, 1000])
+    def test_nothing_is_wider_than_the_screen(self, browser: tuple[Browser, Path], width: int) -> None:
+        opened, file = browser
+        opened.show(file, width)
+        assert opened.value("document.documentElement.scrollWidth") <= width
+        assert opened.value("document.querySelectorAll('svg').length") >= 13
+        smallest = opened.value(
+            "Math.min(...[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().width))"
+        )
+        assert smallest > 0.7 * min(width, 400) - 40, "a chart that nobody can read"
+
+    def test_with_the_keyboard_alone(self, browser: tuple[Browser, Path]) -> None:
+        opened, file = browser
+        opened.show(file, 1000)
+        seen: list[str] = []
+        while seen.count(seen[0] if seen else "") < 2 and len(seen) < 80:
+            opened.press("Tab")
+            seen.append(
+                opened.value(
+                    "(e => e.tagName + ' ' + (e.getAttribute('href') || e.textContent.slice(0, 20)))(document.activeElement)"
+                )
+            )
+            outline = opened.value("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline == "solid" or seen[-1].startswith("BODY"), f"the focus is not seen on {seen[-1]}"
+            if seen[-1].startswith("SUMMARY"):
+                before = opened.value("document.activeElement.parentElement.open")
+                opened.press("Enter")
+                assert opened.value("document.activeElement.parentElement.open") is not before
+        seen.pop()  # the first one again
+        links = [name.removeprefix("A #") for name in seen if name.startswith("A #")]
+        assert links == opened.value("[...document.querySelectorAll('section')].map(one => one.id)")
+        assert sum(name.startswith("SUMMARY") for name in seen) == 2
+        wide = opened.value("document.querySelectorAll('.wide').length")
+        assert sum(name.startswith("DIV") for name in seen) == wide, "what scrolls sideways can be reached"
+
+    def test_nothing_is_complained_about(self, browser: tuple[Browser, Path]) -> None:
+        opened, file = browser
+        opened.show(file, 390)
+        assert opened.value("performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
+        assert opened.value("[...document.querySelectorAll('svg')].every(one => one.getAttribute('aria-label'))")

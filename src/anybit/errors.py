@@ -22,7 +22,11 @@ A message says what, where (module, tensor, file), why (the numbers) and what th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 
 class AnybitError(Exception):
@@ -116,3 +120,12 @@ def did_you_mean(given: str, names: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def near_path(path: Path) -> str:
+    """`did_you_mean` for a path that does not exist, among what lies beside it."""
+    try:
+        beside = [str(path.parent / one.name) for one in path.parent.iterdir()]
+    except OSError:
+        return ""
+    return did_you_mean(str(path), beside)

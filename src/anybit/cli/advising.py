@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anybit.cli.options import Debug, Device, Force, Json, Quiet, Source, complete_device
+from anybit.cli.options import Debug, Device, Json, Quiet, Source, complete_device
 from anybit.cli.report import Output, pairs, size, table
 
 
@@ -26,14 +26,18 @@ def recommend(
     device: Annotated[
         str,
         typer.Option(
-            "--device", help="cpu, cuda, mps, ...; also one that is not here.", autocompletion=complete_device
+            "--device",
+            help="cpu, cuda, mps, ...; also one that is not here.",
+            autocompletion=complete_device,
+            metavar="NAME",
         ),
     ] = "auto",
     train: Annotated[bool, typer.Option("--train", help="To train LoRA on it (QLoRA).")] = False,
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="There is no text to calibrate on.")] = False,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences at a time.", min=1)] = 1,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences at a time.", min=1, metavar="N")] = 1,
     context: Annotated[
-        int | None, typer.Option("--context", help="Positions of a sequence.  [default: 2048, training 512]", min=1)
+        int | None,
+        typer.Option("--context", help="Positions of a sequence.  [default: 2048, training 512]", min=1, metavar="N"),
     ] = None,
     target: Annotated[
         str | None,
@@ -68,19 +72,7 @@ def recommend(
         ("for", f"{found.batch} x {found.context} positions" + (", QLoRA training" if train else "")),
     ]
     if found.present is not None:
-        fits = found.memory is None or (found.present_needs or 0) <= found.memory
-        facts += [
-            ("method", f"{found.present}; it is quantized already"),
-            ("needs", f"{size(found.present_needs)}: {'it fits' if fits else 'it does not fit'}"),
-        ]
-        rows = [(name, kind, f"anybit convert {path} -o OUT --to {name}") for name, kind in found.conversions]
-        out.result(
-            found.to_dict(),
-            pairs(facts),
-            "",
-            table(["converts to", "how", "command"], rows) if rows else "no other method holds its codes as they are",
-            *_remarks(found),
-        )
+        _quantized(out, path, target, found, facts)
         return
     shown = list(found.choices) if every else _best_of_each(found.choices)
     lines_of: list[tuple[Any, ...]] = [
@@ -90,29 +82,41 @@ def recommend(
     lines: list[Any] = [pairs(facts), ""]
     if shown:
         best = shown[0]
+        hidden = len(found.choices) - len(shown)
         lines += [
             table([">", "scheme", ">files", ">needs", "quality", "speed", "why here"], lines_of),
             "",
-            f"the first one: {best.command}",
-            f"  {best.quality} ({best.quality_basis}); at most {best.tokens_per_second:,.0f} tokens/s; read by "
-            f"{', '.join(best.targets)}; trains: {'yes' if best.trainable else 'no'}; calibration: {best.calibration}",
+            pairs(
+                [
+                    ("the first one", best.command),
+                    ("quality", f"{best.quality}: {best.quality_basis}"),
+                    ("speed", f"at most {best.tokens_per_second:,.0f} tokens/s, by memory bandwidth"),
+                    ("read by", ", ".join(best.targets)),
+                    ("trains", "yes, as a base for LoRA" if best.trainable else "no"),
+                    ("calibration", best.calibration),
+                    ("not shown", f"{hidden} more schemes of these methods: --all" if hidden else None),
+                ]
+            ),
+            "",
         ]
-        hidden = len(found.choices) - len(shown)
-        lines += [f"  {hidden} more schemes of these methods: --all"] if hidden else []
     else:
         smallest = found.smallest
-        lines.append(
+        lines += [
             "nothing fits these wishes"
-            + (f"; the smallest is {smallest.scheme}, which needs {size(smallest.bytes_needed)}" if smallest else "")
-        )
+            + (f"; the smallest is {smallest.scheme}, which needs {size(smallest.bytes_needed)}" if smallest else ""),
+            "",
+        ]
     excluded: dict[str, list[str]] = {}
     for one in found.candidates:
         if one.obstacle:
             excluded.setdefault("does not fit" if one.wished else one.obstacle, []).append(
                 f"{one.scheme} ({size(one.bytes_needed)})" if one.wished else one.scheme
             )
-    lines += [f"not: {_some(names, every)}: {why}" for why, names in excluded.items()]
-    lines += [f"not: {name}: {why}" for name, why in found.others]
+    for name, why in found.others:
+        excluded.setdefault(why, []).append(name)
+    rows = [(why, _some(names, every)) for why, names in excluded.items()]
+    if rows:
+        lines += [table(["left out, because", "which"], rows), ""]
     out.result(found.to_dict(), *lines, *_remarks(found))
     if not shown:
         from anybit.cli.errors import IMPOSSIBLE
@@ -120,9 +124,32 @@ def recommend(
         raise typer.Exit(IMPOSSIBLE)
 
 
+def _quantized(out: Output, path: str, target: str | None, found: Any, facts: list[tuple[str, str]]) -> None:
+    """What a checkpoint that is quantized already needs and can become."""
+    fits = found.memory is None or found.present_needs <= found.memory
+    facts += [
+        ("method", f"{found.present}; it is quantized already"),
+        ("needs", f"{size(found.present_needs)}: {'it fits' if fits else 'it does not fit'}"),
+        ("read by", ", ".join(found.present_targets)),
+        ("trains", "yes, as a base for LoRA" if found.present_trains else "no"),
+    ]
+    rows = [(name, kind, f"anybit convert {path} -o OUT --to {name}") for name, kind in found.conversions]
+    reader = f" that {target} reads" if target else ""
+    out.result(
+        found.to_dict(),
+        pairs(facts),
+        "",
+        table(["converts to", "how", "command"], rows)
+        if rows
+        else f"no other method{reader} holds its codes as they are",
+        "",
+        *_remarks(found),
+    )
+
+
 def _best_of_each(candidates: Any) -> list[Any]:
     """The first of each method."""
-    from anybit.engine.recommend import placed
+    from anybit.engine.advice_judge import placed
 
     found: dict[str, Any] = {}
     for one in candidates:
@@ -135,7 +162,7 @@ def _some(names: list[str], every: bool) -> str:
 
 
 def _remarks(found: Any) -> list[Any]:
-    return ["", "taken for granted", *(f"  {note}" for note in found.assumptions)]
+    return ["taken for granted", pairs([("", note) for note in found.assumptions])] if found.assumptions else []
 
 
 # --- sensitivity, allocate --------------------------------------------------------------------------------------------------
@@ -144,9 +171,9 @@ Calib = Annotated[
     Path, typer.Option("--calib", help="Calibration text: .txt, .jsonl, .parquet.", metavar="FILE", dir_okay=False)
 ]
 Schemes = Annotated[str | None, typer.Option("--schemes", help="Candidates, separated by commas.", metavar="A,B,C")]
-Samples = Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)]
-Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)]
-Seed = Annotated[int, typer.Option("--seed", help="Which rows are drawn.")]
+Samples = Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1, metavar="N")]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2, metavar="N")]
+Seed = Annotated[int, typer.Option("--seed", help="Which rows are drawn.", metavar="N")]
 Cache = Annotated[
     Path | None,
     typer.Option(
@@ -163,7 +190,15 @@ def _names(text: str | None) -> list[str]:
 def sensitivity(
     path: Source,
     calib: Calib,
-    schemes: Schemes = USUAL_SCHEMES,
+    schemes: Annotated[
+        str,
+        typer.Option(
+            "--schemes",
+            help="Candidates, separated by commas.  [default: gptq with 2, 3, 4 and 8 bits in groups of 64]",
+            metavar="A,B,C",
+            show_default=False,
+        ),
+    ] = USUAL_SCHEMES,
     no_kl: Annotated[
         bool, typer.Option("--no-kl", help="Only errors of weights and outputs, which need one pass over the text.")
     ] = False,
@@ -231,7 +266,8 @@ def allocate(
         str | None, typer.Option("--memory", help="Bytes of all tensors, e.g. 4GB.", metavar="SIZE")
     ] = None,
     bits: Annotated[
-        float | None, typer.Option("--bits", help="Stored bits per quantized weight, e.g. 4.25.", min=0.1, max=32)
+        float | None,
+        typer.Option("--bits", help="Stored bits per quantized weight, e.g. 4.25.", min=0.1, max=32, metavar="X"),
     ] = None,
     method: Annotated[
         str | None,
@@ -242,12 +278,20 @@ def allocate(
         str, typer.Option("--metric", help="kl, or output: faster to measure, and coarser.", metavar="NAME")
     ] = "kl",
     dense: Annotated[bool, typer.Option("--dense", help="Modules may also stay dense.")] = False,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            "--algorithm",
+            help="Calibrated, e.g. gptq: makes what is compared, and stands in the recipe.",
+            metavar="NAME",
+        ),
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare with the best single scheme.")] = False,
     samples: Samples = 8,
     sequence_length: Length = 256,
     seed: Seed = 0,
     cache: Cache = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace the recipe if it exists.")] = False,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -269,7 +313,7 @@ def allocate(
     with out.progress("measure") as progress:
         found = run(
             path, calib, memory=memory, bits=bits, method=method, schemes=_names(schemes), metric=metric, dense=dense,
-            check=not no_check, samples=samples, sequence_length=sequence_length, seed=seed, cache=cache,
+            check=not no_check, algorithm=algorithm, samples=samples, sequence_length=sequence_length, seed=seed, cache=cache,
             device=main_device(device), progress=progress,
         )  # fmt: skip
     output.write_text(found.recipe.to_json(), encoding="utf-8")

@@ -51,9 +51,14 @@ def demo(
         Path | None,
         typer.Option("--text", help="A text to measure on.  [default: examples/data/evaluation.txt]", metavar="FILE"),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Measure on the text's first tokens.")] = 12_240,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=2, help="Measure on the text's first tokens.", metavar="N")
+    ] = 12_240,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to put the checkpoints.  [default: a temporary folder]")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where to put the checkpoints.  [default: a temporary folder]", metavar="FOLDER"
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,

@@ -68,7 +68,8 @@ def describe(error: BaseException) -> tuple[str, str]:
         message: str = error.format_message()  # type: ignore[attr-defined]
         near = getattr(error, "possibilities", None)
         if near:
-            message = f"{error.message}; did you mean {' or '.join(map(repr, sorted(near)))}?"  # type: ignore[attr-defined]
+            given = getattr(error, "option_name", "")
+            message = f"{error.message}{errors.did_you_mean(given, near) or f'; did you mean {near[0]!r}?'}"  # type: ignore[attr-defined]
         return "usage", message
     if isinstance(error, UsageMistake):
         return "usage", str(error)

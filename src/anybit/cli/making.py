@@ -73,9 +73,13 @@ def quantize(
         typer.Option("--lora-init", help="loftq: also a LoRA adapter that starts from what is lost.", metavar="NAME"),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Of that adapter.", min=1, metavar="N")] = 16,
-    samples: Annotated[int, typer.Option("--samples", help="Rows of calibration text.", min=1)] = 128,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", help="Tokens of a row.", min=2)] = 512,
-    seed: Annotated[int, typer.Option("--seed", help="Which rows are drawn.")] = 0,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Rows of calibration text.  [default: 128]", min=1, metavar="N")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", help="Tokens of a row.  [default: 512]", min=2, metavar="N")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Which rows are drawn.  [default: 0]", metavar="N")] = None,
     max_memory: Annotated[
         str | None,
         typer.Option("--max-memory", help="Most to take beside the libraries' own memory, e.g. 8GB.", metavar="SIZE"),
@@ -118,12 +122,22 @@ def quantize(
 
     anybit quantize meta-llama/Llama-3.2-1B -o llama-nf4 --scheme nf4
     """
+    drawn: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    calibrating = {
+        "--algorithm": algorithm,
+        "--algorithm-set": algorithm_set,
+        **{f"--{name.replace('_', '-')}": value for name, value in drawn.items()},
+    }
     if recipe is not None:
         given = {"--scheme": scheme, "--method": method, "--set": set_, "--config": config, "--calib": calib}
-        given = {**given, "--algorithm": algorithm, "--rotate": rotate, "--lora-init": lora_init}
-        for option in [name for name, value in given.items() if value]:
+        given = {**given, **calibrating, "--rotate": rotate, "--lora-init": lora_init}
+        for option in [name for name, value in given.items() if value not in (None, "")]:
             raise UsageMistake(f"--recipe and {option} exclude each other; write it into the recipe")
     wanted = chosen(scheme, method, set_, config, required=recipe is None)
+    if calib is None and getattr(wanted, "dataset", None) is None:  # a configuration may bring its own texts
+        for option in [name for name, value in calibrating.items() if value is not None]:
+            raise UsageMistake(f"{option} says how to use calibration text; name one with --calib")
     if report_text is not None and not report:
         raise UsageMistake("--report-text goes with --report")
     out = Output(as_json, quiet)
@@ -161,28 +175,32 @@ def quantize(
                 rotate=rotate or False,
                 lora_init=lora_init,
                 rank=rank,
-                samples=samples,
-                sequence_length=sequence_length,
-                seed=seed,
+                **drawn,
                 **options,
             )
     if dry_run:
         return
     _written(out, "quantized", plan, output, time.perf_counter() - begin)
+    command = shlex.join(["anybit", *sys.argv[1:]])
     if report:
-        from anybit.reporting import gather, write_card, write_page
+        from anybit.reporting import first_words, gather, write_card, write_page
 
         with out.progress("report") as progress:
             facts = gather(
                 output,
-                command=shlex.join(["anybit", *sys.argv[1:]]),
+                command=command,
                 reference=path,
                 text=report_text,
+                prompts=[first_words(report_text)] if report_text is not None else (),
                 progress=progress,
             )
         write_page(facts, output / "report.html")
         write_card(facts, output, force=True)
         out.remark(f"report: {output / 'report.html'}")
+    elif recipe is not None and output.is_dir():
+        from anybit.reporting import brief, write_card
+
+        write_card(brief(output, command=command, reference=path), output, force=True)
 
 
 def dequantize(

@@ -28,10 +28,22 @@ def report(
             metavar="PATH",
         ),
     ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Show how it is continued; may be repeated.")
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            "--costs",
+            help="What `anybit sensitivity --cache` wrote: the curve of what each module costs.",
+            metavar="FILE.json",
+            dir_okay=False,
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="Only the first tokens of the text.")] = 4096,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Show how it is continued; may be repeated.", metavar="TEXT"),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=2, help="Only the first tokens of the text.", metavar="N")
+    ] = 4096,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The page.  [default: report.html in the model's folder]", metavar="FILE"),
@@ -58,7 +70,12 @@ def report(
     from anybit.reporting import gather, write_card, write_page
 
     parts = ["anybit", "report", path]
-    parts += [word for name, value in (("--reference", reference), ("--text", text)) if value for word in (name, value)]
+    parts += [
+        word
+        for name, value in (("--reference", reference), ("--text", text), ("--costs", costs))
+        if value
+        for word in (name, str(value))
+    ]
     parts += [
         word
         for name, values in (("--compare", compare), ("--prompt", prompt))
@@ -67,10 +84,17 @@ def report(
     ]
     with out.progress("report") as progress:
         facts = gather(
-            path, command=shlex.join(parts), reference=reference,
-            text=Path(text) if text and Path(text).suffix == ".txt" else text, compare=compare or (), prompts=prompt or (),
-            max_tokens=max_tokens, device_map=main_device(device), progress=progress,
-        )  # fmt: skip
+            path,
+            command=shlex.join(parts),
+            reference=reference,
+            text=Path(text) if text and Path(text).suffix == ".txt" else text,
+            compare=compare or (),
+            prompts=prompt or (),
+            costs=costs,
+            max_tokens=max_tokens,
+            device_map=main_device(device),
+            progress=progress,
+        )
     target = output if output is not None else Path(path) / "report.html"
     write_page(facts, target)
     written = [("page", target)]

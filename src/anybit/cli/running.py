@@ -18,13 +18,19 @@ from anybit.cli.schemes import chosen
 
 def run(
     path: Source,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the text begins with; - reads it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest continuation.")] = 100,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="What the text begins with; - reads it from stdin.", metavar="TEXT")
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest continuation.", metavar="N")
+    ] = 100,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most likely token.")] = False,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", "-t", min=0.0, help="Sample; higher is wilder.")
+        float | None, typer.Option("--temperature", "-t", min=0.0, help="Sample; higher is wilder.", metavar="X")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same sample.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="The same seed gives the same sample.", metavar="N")
+    ] = None,
     scheme: Scheme = None,
     method: Method = None,
     set_: Setting = None,
@@ -77,18 +83,18 @@ def eval_(
         typer.Option("--reference", "-r", help="Compare with this model, e.g. the dense one.", metavar="PATH"),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", min=2, help="Positions per window.  [default: at most 2048]")
+        int | None, typer.Option("--context", min=2, help="Positions per window.  [default: at most 2048]", metavar="N")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="New tokens per window.  [default: no overlap]")
+        int | None, typer.Option("--stride", min=1, help="New tokens per window.  [default: no overlap]", metavar="N")
     ] = None,
     bos: Annotated[
         bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS.  [default: as the tokenizer does]")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=2, help="Only the first tokens of the text.")
+        int | None, typer.Option("--max-tokens", min=2, help="Only the first tokens of the text.", metavar="N")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Windows at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Windows at a time.", metavar="N")] = 1,
     per_module: Annotated[
         bool, typer.Option("--per-module", help="Weight and output error of every packed module.")
     ] = False,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anybit.cli.errors import UsageMistake
-from anybit.errors import UnknownMethod, did_you_mean
+from anybit.errors import UnknownMethod, did_you_mean, near_path
 from anybit.quantizers import registry
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.named import build, from_scheme, schemes
@@ -67,7 +67,7 @@ def _from_file(file: Path, options: dict[str, Any]) -> QuantizationConfigMixin:
     from anybit.quantizers.checkpoint_config import read_json
 
     if not file.is_file():
-        raise UsageMistake(f"--config {file}: there is no such file")
+        raise UsageMistake(f"--config {file}: there is no such file{near_path(file)}")
     data = read_json(file)
     inside = data.get("quantization_config", data)
     config = AutoQuantizationConfig.from_dict({**inside, **options} if isinstance(inside, dict) else inside)

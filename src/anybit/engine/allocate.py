@@ -2,24 +2,28 @@
 
 Each module in each scheme has a cost (see `sensitivity`) and a size. Costs are taken to add up, which holds while they are small.
 Modules that serving programs fuse (query, key and value; gate and up) get one scheme together. The choice is an integer program,
-solved to the optimum by HiGHS through SciPy. Then both it and the best single scheme of at most the same size are made and read
-a part of the text that no cost was measured on; the one with the lower perplexity is the result.
+solved to the optimum by HiGHS through SciPy. Then both it and the best single scheme of at most the same size are made, rounded
+to nearest or by a calibrated algorithm, and read text that no cost was measured on; the one with the lower perplexity is taken.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anybit.engine.calibration import calibration_tokens
 from anybit.engine.evaluate import evaluate
 from anybit.engine.load import load
 from anybit.engine.memory import parse_size
-from anybit.engine.recipe import DENSE, Recipe, Setting
+from anybit.engine.quantize import quantize
+from anybit.engine.recipe import DENSE, Calibration, Recipe, Setting
 from anybit.engine.sensitivity import LENGTH, SAMPLES, SEED, Progress, Sensitivity, sensitivity
 from anybit.errors import ConfigError, InvalidOption, MissingDependency
 from anybit.quantizers.config import QuantizationConfigMixin
@@ -30,6 +34,7 @@ FUSED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_pro
 METRICS = ("kl", "output")
 DEFAULT_METHOD = "auto-round"
 CHECKED_CONTEXT = 256
+CHECKED_ROWS = 32  # of text that no cost was measured on, if there is so much
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def allocate(
     metric: str = "kl",
     dense: bool = False,
     check: bool = True,
+    algorithm: str | None = None,
     samples: int = SAMPLES,
     sequence_length: int = LENGTH,
     seed: int = SEED,
@@ -89,7 +95,9 @@ def allocate(
 ) -> Allocation:
     """The best mix of `schemes` (default: all of `method`'s) for `memory` (bytes of all tensors) or `bits` per quantized weight.
 
-    `calibration`: as for `quantize`; two thirds of its rows measure costs, one third checks the result. `metric`: what a cost
+    `calibration`: as for `quantize`; costs are measured on the rows that `sensitivity` draws, and up to 32 others check the
+    result (of a text too short for that, a third of its rows does). `algorithm`: a calibrated one, e.g. "gptq", that makes the
+    two that are compared and stands in the recipe; costs are those of rounding to nearest in any case. `metric`: what a cost
     is: "kl", or "output" (faster to measure: squared output error). `dense`: modules may also stay as they are. `check` False
     leaves out the comparison with the best single scheme. Raises InvalidOption for a budget that nothing fits, naming the
     smallest that does.
@@ -104,18 +112,8 @@ def allocate(
 
     location = locate(path)
     folder = location if location.is_dir() else location.parent
-    tokens = calibration_tokens(
-        calibration, folder, samples=samples + max(samples // 2, 1), length=sequence_length, seed=seed
-    )
-    held = max(len(tokens) // 3, 1)
-    if len(tokens) < 2:
-        raise InvalidOption(
-            f"the calibration text fills {len(tokens)} row of {sequence_length} tokens; allocate needs two, one to measure and "
-            "one to check. Give more text, or a smaller sequence_length"
-        )
-    measured = sensitivity(
-        path, tokens[:-held], names, kl=metric == "kl", cache=cache, device=device, progress=progress
-    )
+    seen, fresh = _split(calibration, folder, samples, sequence_length, seed)
+    measured = sensitivity(path, seen, names, kl=metric == "kl", cache=cache, device=device, progress=progress)
     units = _units(measured, metric, dense)
     weights = sum(measured.weights.values())
     budget = parse_size(memory) - measured.other_bytes if memory is not None else int(bits * weights / 8)  # type: ignore[operator]
@@ -141,9 +139,11 @@ def allocate(
     elif not check:
         better, verdict = True, "not compared with the best single scheme"
     else:
-        rows = tokens[-held:]
-        perplexity = _perplexity(path, mixed, measured, rows, device)
-        uniform_perplexity = _perplexity(path, Recipe(Setting(scheme=uniform)), measured, rows, device)
+        text = (seen if algorithm else None, fresh)
+        perplexity = _perplexity(path, replace(mixed, algorithm=algorithm), measured, *text, device)
+        uniform_perplexity = _perplexity(
+            path, Recipe(Setting(scheme=uniform), algorithm=algorithm), measured, *text, device
+        )
         better = perplexity < uniform_perplexity
         verdict = (
             f"the mix reads held-out text better than {uniform} everywhere"
@@ -157,13 +157,38 @@ def allocate(
         "bits_per_weight": round(8 * (bytes_chosen if better else uniform_bytes) / weights, 4),
         **({"perplexity": perplexity, "uniform_perplexity": uniform_perplexity, "uniform": uniform} if perplexity else {}),
     }  # fmt: skip
-    recipe = _recipe(measured, settings, about)
+    recipe = replace(
+        _recipe(measured, settings, about), algorithm=algorithm, calibration=_named(calibration, algorithm)
+    )
     final = {name: list(settings.values()).count(name) for name in dict.fromkeys(settings.values())}
     return Allocation(
         str(path), budget + measured.other_bytes, bytes_chosen + measured.other_bytes, 8 * bytes_chosen / weights, predicted,
         uniform, uniform_bytes + measured.other_bytes, 8 * uniform_bytes / weights, uniform_loss, perplexity,
         uniform_perplexity, better, recipe, final, verdict,
     )  # fmt: skip
+
+
+def _split(calibration: Any, folder: Path, samples: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to measure on, those that `sensitivity` draws; and others, to check on."""
+    seen = calibration_tokens(calibration, folder, samples=samples, length=length, seed=seed)
+    every = calibration_tokens(calibration, folder, samples=samples + CHECKED_ROWS, length=length, seed=seed)
+    fresh = every[[not bool((seen == row).all(1).any()) for row in every]]
+    if len(fresh) >= max(len(seen) // 2, 1):
+        return seen, fresh
+    if len(every) < 2:
+        raise InvalidOption(
+            f"the calibration text fills {len(every)} row of {length} tokens; allocate needs two, one to measure and one to "
+            "check. Give more text, or a smaller sequence_length"
+        )
+    held = max(len(every) // 3, 1)
+    return every[:-held], every[-held:]
+
+
+def _named(calibration: Any, algorithm: str | None) -> Calibration | None:
+    """What a recipe says of calibration: the file, where one was given and is needed."""
+    if algorithm is None or not isinstance(calibration, (str, os.PathLike)) or not os.path.isfile(calibration):
+        return None
+    return Calibration(str(Path(calibration).resolve()))
 
 
 def milp_or_raise() -> Any:
@@ -296,10 +321,20 @@ def _recipe(measured: Sensitivity, settings: Mapping[str, str], about: Mapping[s
     return Recipe(Setting(scheme=usual), modules, about=dict(about or {}))
 
 
-def _perplexity(path: Any, recipe: Recipe, measured: Sensitivity, rows: torch.Tensor, device: Any) -> float:
+def _perplexity(
+    path: Any, recipe: Recipe, measured: Sensitivity, calibration: Tensor | None, rows: Tensor, device: Any
+) -> float:
+    """Of the model that a recipe makes, on rows of text; `calibration`: rows for its algorithm."""
     config = recipe.config([name for own in measured.names.values() for name in own])
-    model = load(path, config, device_map=device)
-    return evaluate(model, rows.flatten(), context=min(CHECKED_CONTEXT, rows.shape[1] + 1), tokenizer=None).perplexity
+    with tempfile.TemporaryDirectory(prefix="anybit-allocate-") as folder:
+        if calibration is None:
+            model = load(path, config, device_map=device)
+        else:
+            made = Path(folder) / "made"
+            quantize(path, made, config, calibration=calibration, algorithm=recipe.algorithm, device=device)
+            model = load(made, device_map=device)
+        context = min(CHECKED_CONTEXT, rows.shape[1] + 1)
+        return evaluate(model, rows.flatten(), context=context, tokenizer=None).perplexity
 
 
 def _mb(count: float) -> str:

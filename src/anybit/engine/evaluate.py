@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from anybit.engine.module_errors import ModuleError, explain_nan, input_device, input_embeddings, module_errors
-from anybit.errors import ConfigError, InvalidOption
+from anybit.errors import ConfigError, InvalidOption, near_path
 from anybit.weight.weight import row_chunks
 
 Progress = Callable[[str, int, int], None]  # (what, windows done, windows in all)
@@ -215,7 +215,7 @@ def read_text(text: str | os.PathLike[str]) -> tuple[str, str]:
             f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
         ) from error
     except OSError as error:
-        raise InvalidOption(f"{path} cannot be read as a text file: {error.strerror}") from error
+        raise InvalidOption(f"{path} cannot be read as a text file: {error.strerror}{near_path(path)}") from error
 
 
 def _bos_of(tokenizer: Any, wanted: bool | None) -> int | None:

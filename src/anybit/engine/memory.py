@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anybit.engine.plan import Plan
+from anybit.engine.plan import Entry, Plan
 from anybit.errors import InvalidOption
 from anybit.kernels import get
-from anybit.weight import Weight
+from anybit.weight import Layout, Weight
 from anybit.weight.activation import RULES
 from anybit.weight.nodes import Grid, children
 
 # Python with torch, transformers and a model class; beside an accelerator's memory it lies in the host's
-RUNTIME_BYTES = 465 << 20
+RUNTIME_BYTES = 450 << 20
 # thread pools, a tokenizer, generate's own
 RUNNING_BYTES = 30 << 20
 # of one layer, per token: copies of the hidden state and of the widest inner state that live at once
 HIDDEN_COPIES, INNER_COPIES = 3, 4
 # float32 copies of a product's input or output, the larger: torch's own for dense weights, native code for integer codes and
 # for tables, the reference kernel, and activation rules whose steps depend on the numbers
-DENSE_COPIES, INTEGER_COPIES, TABLE_COPIES, REFERENCE_COPIES, RULE_COPIES = 0.9, 2.5, 0.8, 2.0, 9
+DENSE_COPIES, INTEGER_COPIES, TABLE_COPIES, REFERENCE_COPIES, RULE_COPIES = 0.9, 2.5, 1.4, 2.0, 9
 # what watching a rule does not show: copies that native code makes, and what the allocator keeps
 NATIVE_RULE_FACTOR, REFERENCE_RULE_FACTOR = 2.2, 1.5
 REFERENCE_CHUNK_BYTES = 32 << 20  # rows that it decodes at once
@@ -98,6 +98,7 @@ class Shape:
     layers: tuple[int | None, ...]
     cached_per_token: int
     longest: int | None
+    choices: int = 0  # experts that a token goes to
     notes: tuple[str, ...] = ()
 
 
@@ -145,7 +146,7 @@ def shape_of(config: Any) -> Shape:
         inner = max(inner, experts * (number("moe_intermediate_size") or 0))
     return Shape(
         hidden, inner, number("vocab_size") or 0, kept, cached,
-        number("max_position_embeddings", "n_positions"), tuple(notes),
+        number("max_position_embeddings", "n_positions"), experts, tuple(notes),
     )  # fmt: skip
 
 
@@ -158,20 +159,42 @@ def cache_bytes(shape: Shape, batch: int, context: int, itemsize: int) -> int:
 def activation_bytes(shape: Shape, plan: Plan, batch: int, context: int) -> int:
     """Largest sum of temporaries while a prompt of `context` positions is read: one layer's states and its kernel's own."""
     tokens, itemsize = batch * context, plan.dtype.itemsize
-    layer = tokens * itemsize * (HIDDEN_COPIES * shape.hidden + INNER_COPIES * shape.inner)
-    return RUNNING_BYTES + layer + _kernel_bytes(plan, tokens) + 4 * batch * shape.vocabulary
+    states = tokens * itemsize * HIDDEN_COPIES * shape.hidden
+    inner = tokens * itemsize * INNER_COPIES * shape.inner + _kernel_bytes(plan, tokens)
+    return RUNNING_BYTES + states + max(inner, _experts_bytes(shape, plan, tokens)) + 4 * batch * shape.vocabulary
 
 
 def _kernel_bytes(plan: Plan, tokens: int) -> int:
     """What the hungriest product makes for itself beside its output."""
     largest = 0
     for entry in plan.entries:
-        if entry.slot.kind == "embedding" or not any(part.isdigit() for part in entry.slot.module.split(".")):
+        if entry.slot.kind in ("embedding", "experts"):
+            continue
+        if not any(part.isdigit() for part in entry.slot.module.split(".")):
             continue  # generation asks the output layer for the last position only
-        layout = next((part.layout for part in entry.parts if part.layout is not None), None)
-        rows, columns = entry.slot.shape[-2:]
-        largest = max(largest, _product_bytes(layout, entry.kernel, rows, columns, tokens))
+        largest = max(largest, _product_bytes(_layout_of(entry), entry.kernel, *entry.slot.shape[-2:], tokens))
     return largest
+
+
+def _experts_bytes(shape: Shape, plan: Plan, tokens: int) -> int:
+    """Of stacks of experts, whose inputs are one row for each choice of each token; rules of inputs see one expert's at a time.
+
+    Either a product is the largest moment, or the end: what the experts say, its weighted copy in float32 and that in order.
+    """
+    stacks = [entry for entry in plan.entries if entry.slot.kind == "experts"]
+    if not stacks or not shape.choices:
+        return 0
+    rows, itemsize, largest = tokens * shape.choices, plan.dtype.itemsize, 0
+    for entry in stacks:
+        layout = _layout_of(entry)
+        seen = tokens if layout is not None and layout.scheme().activation is not None else rows
+        own = _product_bytes(layout, entry.kernel, *entry.slot.shape[-2:], seen)
+        largest = max(largest, own + rows * itemsize * sum(entry.slot.shape[-2:]))
+    return max(largest, rows * shape.hidden * (itemsize + 8) + 4 * tokens * shape.hidden)
+
+
+def _layout_of(entry: Entry) -> Layout | None:
+    return next((part.layout for part in entry.parts if part.layout is not None), None)
 
 
 @functools.lru_cache(maxsize=4096)

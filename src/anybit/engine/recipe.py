@@ -5,6 +5,7 @@
       "quantization": {"scheme": "gptq-4bit-g64", "options": {"desc_act": false}},
       "modules": {"model.layers.*.mlp.down_proj": {"scheme": "gptq-8bit-g64"}, "model.layers.0.*": "dense"},
       "algorithm": "gptq",
+      "algorithm_options": {"mse": 2.4},
       "calibration": {"text": "calibration.txt", "samples": 128, "sequence_length": 512, "seed": 0},
       "about": {"anything": "kept, never read"}
     }
@@ -25,11 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anybit.engine.budget import Forecast
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED
 from anybit.engine.load import prepare
 from anybit.engine.plan import Entry, Plan, module_info
 from anybit.engine.quantize import quantize
-from anybit.errors import ConfigError, InvalidOption, MissingDependency, did_you_mean
+from anybit.errors import ConfigError, InvalidOption, MissingDependency, did_you_mean, near_path
 from anybit.quantizers import registry
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.named import build, from_scheme
@@ -38,7 +40,7 @@ VERSION = 1
 FILE_NAME = "anybit_recipe.json"  # beside a checkpoint that was made with a recipe
 DENSE = "dense"
 LARGEST_FILE = 16 << 20
-KEYS = ("recipe", "quantization", "modules", "algorithm", "calibration", "about")
+KEYS = ("recipe", "quantization", "modules", "algorithm", "algorithm_options", "calibration", "about")
 EXAMPLE = '{"scheme": "nf4"}'
 
 
@@ -87,6 +89,7 @@ class Recipe:
     calibration: Calibration | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path()
+    algorithm_options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a file holds it."""
@@ -97,6 +100,8 @@ class Recipe:
             }
         if self.algorithm is not None:
             found["algorithm"] = self.algorithm
+        if self.algorithm_options:
+            found["algorithm_options"] = dict(self.algorithm_options)
         if self.calibration is not None:
             found["calibration"] = asdict(self.calibration)
         return {**found, "about": dict(self.about)} if self.about else found
@@ -143,7 +148,10 @@ def read_recipe(file: str | os.PathLike[str]) -> Recipe:
             raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; that is no recipe")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        near = "" if path.exists() else near_path(path)
+        raise ConfigError(
+            f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}{near}"
+        ) from error
     data = _yaml(path, text) if path.suffix in (".yaml", ".yml") else _json(path, text)
     return _Reader(path, text).recipe(data)
 
@@ -168,7 +176,10 @@ def quantize_by_recipe(
     """`quantize` as the recipe says; the recipe is written beside the result. `options`: further ones of `quantize`."""
     names: Iterable[str] = ()
     if recipe.modules:
-        ready = prepare(src, recipe.quantization.config(), device_map=options.get("device", "cpu"))
+        ready = prepare(
+            src, recipe.quantization.config(), device_map=options.get("device", "cpu"),
+            allow_pickle=options.get("allow_pickle", False), hub_options=options.get("hub_options"),
+        )  # fmt: skip
         names = module_names(ready.plan)
         ready.checkpoint.release()
     calibration = recipe.calibration
@@ -178,9 +189,18 @@ def quantize_by_recipe(
         options.update(samples=calibration.samples, sequence_length=calibration.sequence_length, seed=calibration.seed)
     if recipe.algorithm is not None:
         options["algorithm"] = recipe.algorithm
-    plan = quantize(src, dst, recipe.config(names), **options)
+    if recipe.algorithm_options:
+        options["algorithm_options"] = dict(recipe.algorithm_options)
+    asked, wanted = options.pop("announce", None), True
+
+    def announce(ahead: Forecast) -> bool:
+        nonlocal wanted
+        wanted = asked is None or asked(ahead)
+        return wanted
+
+    plan = quantize(src, dst, recipe.config(names), announce=announce, **options)
     target = Path(dst)
-    if target.is_dir():
+    if wanted and target.is_dir():
         (target / FILE_NAME).write_text(recipe.to_json(), encoding="utf-8")
     return plan
 
@@ -264,6 +284,7 @@ class _Reader:
             self.calibration(data.get("calibration")),
             self.object(data.get("about") or {}, ("about",)),
             self.path.parent,
+            self.object(data.get("algorithm_options") or {}, ("algorithm_options",)),
         )
 
     def setting(self, data: Any, keys: tuple[str, ...]) -> Setting:

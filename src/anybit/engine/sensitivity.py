@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybit.engine.advice_plans import layout_bytes
 from anybit.engine.calibration import calibration_tokens
 from anybit.engine.load import Prepared, load, prepare
 from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, module_info
-from anybit.engine.recommend import layout_bytes
-from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable
+from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable, near_path
 from anybit.quantizers.named import from_scheme
 
 Progress = Callable[[str, int, int], None]
@@ -163,6 +163,21 @@ def _fingerprint(ready: Prepared, tokens: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
+def read_costs(path: str | os.PathLike[str]) -> tuple[Cost, ...]:
+    """What a file holds that `sensitivity(cache=...)` wrote. ConfigError for another file."""
+    return tuple(_read(Path(path))[1].values())
+
+
+def _read(path: Path) -> tuple[str, dict[str, Cost]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return data["fingerprint"], {key: Cost(**own) for key, own in data["costs"].items()}
+    except OSError as error:
+        raise ConfigError(f"the costs {path} cannot be read: {error.strerror}{near_path(path)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no file of sensitivities ({error}); name another, or delete it") from error
+
+
 class _Store:
     """The file of costs. A file of other weights or another text is begun anew."""
 
@@ -170,14 +185,8 @@ class _Store:
         self.path, self.fingerprint, self.hits = path, fingerprint, 0
         self.costs: dict[str, Cost] = {}
         if path is not None and path.is_file():
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-                if data["fingerprint"] == fingerprint:
-                    self.costs = {key: Cost(**own) for key, own in data["costs"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"{path} is no file of sensitivities ({error}); name another, or delete it"
-                ) from error
+            fingerprint, costs = _read(path)
+            self.costs = costs if fingerprint == self.fingerprint else {}
 
     def get(self, entry: Entry, scheme: str) -> Cost | None:
         found = self.costs.get(f"{entry.slot.module} {scheme}")

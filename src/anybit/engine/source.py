@@ -9,7 +9,7 @@ from typing import Any
 
 from anybit.containers import Checkpoint
 from anybit.containers.renamed import Renamed
-from anybit.errors import CheckpointError
+from anybit.errors import CheckpointError, near_path
 from anybit.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.bundle import Bundle
@@ -26,7 +26,9 @@ def locate(path: str | os.PathLike[str], *, allow_pickle: bool = False, **hub_op
         return local
     name = str(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name!r} is neither a folder or file here nor a hub id (owner/name)")
+        raise CheckpointError(
+            f"{name!r} is neither a folder or file here nor a hub id (owner/name){near_path(local) if name else ''}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -34,7 +36,10 @@ def locate(path: str | os.PathLike[str], *, allow_pickle: bool = False, **hub_op
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name!r} is no folder here, and the hub could not be asked for it: {error}") from error
+        why, near = str(error).strip().partition("\n")[0].removeprefix("Got: "), near_path(local)
+        raise CheckpointError(
+            f"{name!r} is no folder here{f'{near} The' if near else ', and the'} hub could not be asked for it: {why}"
+        ) from error
 
 
 def unbundled(checkpoint: Checkpoint, quantizer: HfQuantizer | None) -> tuple[Checkpoint, Bundle | None]:

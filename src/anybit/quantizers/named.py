@@ -29,7 +29,9 @@ def from_scheme(name: str, options: Mapping[str, Any] | None = None) -> Quantiza
     """The configuration of a named scheme, some options changed."""
     known = schemes()
     if name not in known:
-        raise InvalidOption(f"no scheme {name!r}{did_you_mean(name, known) or '.'} Schemes: {', '.join(known)}")
+        raise InvalidOption(
+            f"no scheme {name!r}{did_you_mean(name, known) or '.'} `anybit methods` lists all {len(known)}"
+        )
     cls, own = known[name]
     return build(cls, {**own, **(options or {})})
 

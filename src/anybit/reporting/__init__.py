@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anybit.reporting.card import write_card
-from anybit.reporting.facts import Facts, gather
+from anybit.reporting.facts import Facts, brief, first_words, gather
 from anybit.reporting.page import write_page
 
-__all__ = ["Facts", "gather", "write_card", "write_page"]
+__all__ = ["Facts", "brief", "first_words", "gather", "write_card", "write_page"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from anybit.errors import WriteError
-from anybit.reporting.facts import Facts
+from anybit.reporting.facts import Facts, as_json
 
 
 def write_card(facts: Facts, folder: Path, force: bool = False) -> Path:
@@ -25,6 +26,7 @@ def card(facts: Facts) -> str:
     metadata = ["library_name: transformers", "tags:", "- anybit", f"- {facts.method}"]
     if base is not None:
         metadata += [f"base_model: {base}", "base_model_relation: quantized"]
+    metadata += _results(name, facts)
     rows = [
         ("method", facts.method),
         ("bits per packed weight", f"{facts.bits_per_weight:.2f}"),
@@ -42,6 +44,7 @@ def card(facts: Facts) -> str:
             rows += [("KL, nats per token", f"{found.kl:.4f}"), ("same first choice as before", f"{found.top1:.1%}")]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     protocol = f"\nMeasured: {found.protocol}.\n" if found is not None else ""
+    recipe = f"\nThe recipe:\n\n```json\n{as_json(facts.recipe)}\n```\n" if facts.recipe is not None else ""
     return f"""---
 {chr(10).join(metadata)}
 ---
@@ -65,7 +68,23 @@ To do it again:
 ```
 {facts.command}
 ```
-"""
+{recipe}"""
+
+
+def _results(name: str, facts: Facts) -> list[str]:
+    """`model-index`, as the hub reads it: what was measured, on which text."""
+    found = facts.evaluation
+    if found is None:
+        return []
+    metrics = [("perplexity", found.perplexity), ("kl", found.kl), ("top1_agreement", found.top1)]
+    lines = [
+        "model-index:", f"- name: {json.dumps(name)}", "  results:", "  - task:", "      type: text-generation",
+        "    dataset:", f"      name: {json.dumps(found.protocol)}", "      type: text", "    metrics:",
+    ]  # fmt: skip
+    for kind, value in metrics:
+        if value is not None and math.isfinite(value):
+            lines += [f"    - type: {kind}", f"      value: {value:.6g}"]
+    return lines
 
 
 def _hub_id(reference: str | None) -> str | None:

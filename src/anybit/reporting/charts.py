@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from anybit.engine.sensitivity import Cost
 from anybit.errors import MissingDependency
 from anybit.reporting.facts import Candidate, Histogram
 
 # drawn in colours nobody uses, which then become the page's own variables
 _COLOURS = {"#010203": "var(--ink)", "#040506": "var(--first)", "#070809": "var(--second)", "#0a0b0c": "var(--faint)"}
 INK, FIRST, SECOND, FAINT = _COLOURS
+_STROKES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def scatter(candidates: Sequence[Candidate], own: str) -> str:
@@ -50,6 +52,27 @@ def sorted_errors(modules: Sequence[dict[str, Any]]) -> str:
         axes.legend(frameon=False, labelcolor=INK)
 
     return _svg(draw, "Errors of the modules, sorted", (7, 3))
+
+
+def sensitivity(costs: Sequence[Cost], key: str) -> str:
+    """What each module costs in each scheme, the dearest first: one line for a scheme, costs on a logarithmic axis."""
+    schemes = list(dict.fromkeys(cost.scheme for cost in costs))
+
+    def draw(axes: Any) -> None:
+        for number, scheme in enumerate(schemes):
+            values = sorted((getattr(cost, key) or 0.0 for cost in costs if cost.scheme == scheme), reverse=True)
+            places = range(1, len(values) + 1)
+            axes.plot(
+                places, values, color=(FIRST, SECOND)[number % 2], linestyle=_STROKES[number // 2 % len(_STROKES)],
+                linewidth=1.6, label=scheme,
+            )  # fmt: skip
+        axes.set_xlabel("modules, the dearest first")
+        axes.set_ylabel("KL, nats per token" if key == "kl" else key.replace("_", " "))
+        if any(getattr(cost, key) for cost in costs):
+            axes.set_yscale("log")
+        axes.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return _svg(draw, "Sensitivity of the modules", (7, 3))
 
 
 def histogram(found: Histogram) -> str:

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from anybit import __version__
-from anybit.engine.evaluate import Evaluation, evaluate, find_tokenizer
+from anybit.engine.evaluate import Evaluation, evaluate, find_tokenizer, read_text
 from anybit.engine.load import load
+from anybit.engine.load import plan as plan_of
 from anybit.engine.module_errors import dense_twin, input_device, module_errors
+from anybit.engine.recipe import FILE_NAME, read_recipe
+from anybit.engine.sensitivity import Cost, read_costs
 from anybit.errors import ConfigError
 from anybit.modules import PackedWeight
+from anybit.quantizers.auto import AutoQuantizationConfig
 
 Progress = Callable[[str, int, int], None]
 BINS = 61
@@ -66,6 +70,8 @@ class Facts:
     candidates: list[Candidate] = field(default_factory=list)
     histograms: list[Histogram] = field(default_factory=list)
     generations: list[dict[str, str]] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    recipe: dict[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,6 +94,7 @@ class Facts:
             "reference_bytes_in_memory": self.dense_memory,
             "evaluation": self.evaluation.to_dict() if self.evaluation else None, "modules": self.modules,
             "candidates": [vars(candidate) for candidate in self.candidates], "generations": self.generations,
+            "costs": [vars(cost) for cost in self.costs], "recipe": self.recipe,
         }  # fmt: skip
 
 
@@ -99,6 +106,7 @@ def gather(
     text: str | os.PathLike[str] | None = None,
     compare: Sequence[str | os.PathLike[str]] = (),
     prompts: Sequence[str] = (),
+    costs: str | os.PathLike[str] | None = None,
     max_tokens: int | None = 4096,
     worst: int = 6,
     device_map: Any = None,
@@ -108,7 +116,9 @@ def gather(
 
     `reference`: the dense checkpoint it was made from, for errors, distributions and texts side by side. `text`: a file or a
     string for perplexity and KL. `compare`: further quantized checkpoints, for the chart of size against quality; they need a
-    text. `worst`: modules whose distributions are shown. Raises ConfigError for a checkpoint without packed weights.
+    text. `prompts`: what generated texts begin with. `costs`: a file that `sensitivity(cache=...)` wrote, for the curve of what
+    each module costs. `worst`: modules whose distributions are shown. A recipe beside the checkpoint is part of the report.
+    Raises ConfigError for a checkpoint without packed weights.
     """
     if compare and text is None:
         raise ConfigError("comparing candidates measures them on a text; pass text= (--text)")
@@ -119,7 +129,7 @@ def gather(
     stored = getattr(model.config, "quantization_config", None)
     facts = Facts(
         str(path), plan.method, stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {},
-        plan.to_dict(), _versions(), command,
+        plan.to_dict(), _versions(), command, costs=[] if costs is None else list(read_costs(costs)), recipe=_recipe(path),
     )  # fmt: skip
     dense: Any = None
     if reference is not None:
@@ -148,6 +158,28 @@ def gather(
             found = evaluate(loaded, text, reference=dense, max_tokens=max_tokens, progress=progress)  # type: ignore[arg-type]
             facts.candidates.append(_candidate(str(other), loaded, found))
     return facts
+
+
+def brief(path: str | os.PathLike[str], *, command: str, reference: str | os.PathLike[str] | None = None) -> Facts:
+    """What is known of a quantized checkpoint from its headers alone: enough for a model card."""
+    found = plan_of(path)
+    stored = AutoQuantizationConfig.find(Path(path))
+    return Facts(
+        str(path), str(found.method), stored.to_dict() if stored is not None else {}, found.to_dict(), _versions(), command,
+        reference=None if reference is None else str(reference),
+        dense_bytes=None if reference is None else plan_of(reference).bytes_on_disk, recipe=_recipe(path),
+    )  # fmt: skip
+
+
+def _recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The recipe that lies beside a checkpoint."""
+    file = Path(path) / FILE_NAME
+    return read_recipe(file).to_dict() if file.is_file() else None
+
+
+def first_words(text: str | os.PathLike[str], count: int = 12) -> str:
+    """What a text begins with, for a prompt."""
+    return " ".join(read_text(text)[0].split()[:count])
 
 
 def ranked(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:

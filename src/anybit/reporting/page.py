@@ -54,8 +54,8 @@ def page(facts: Facts) -> str:
     sections = [
         section
         for section in (
-            _summary(facts), _quality(facts), _heat(facts), _worst(facts), _candidates(facts),
-            _distributions(facts), _texts(facts), _layouts(facts), _again(facts),
+            _summary(facts), _quality(facts), _heat(facts), _worst(facts), _costs(facts), _candidates(facts),
+            _distributions(facts), _texts(facts), _layouts(facts), _recipe(facts), _again(facts),
         )
         if section
     ]  # fmt: skip
@@ -159,6 +159,26 @@ def _worst(facts: Facts) -> Section | None:
     )
 
 
+def _costs(facts: Facts) -> Section | None:
+    """Measured before it was made: what each module costs in each candidate scheme."""
+    if not facts.costs:
+        return None
+    key = "kl" if all(cost.kl is not None for cost in facts.costs) else "weight_error"
+    schemes = list(dict.fromkeys(cost.scheme for cost in facts.costs))
+    table: dict[str, dict[str, float]] = {}
+    for cost in facts.costs:
+        table.setdefault(cost.module, {})[cost.scheme] = getattr(cost, key)
+    dearest = sorted(table.items(), key=lambda item: -max(item[1].values()))[:WORST]
+    rows = [(name, *(f"{own[one]:.2e}" if one in own else "-" for one in schemes)) for name, own in dearest]
+    what = "the model's words change by it, KL in nats per token" if key == "kl" else "relative error of its weight"
+    return (
+        "sensitivity",
+        "Sensitivity",
+        f"<p>One module at a time in each scheme, on calibration text: {what}.</p>"
+        f"<figure>{charts.sensitivity(facts.costs, key)}</figure>{_table(['module', *schemes], rows)}",
+    )
+
+
 def _candidates(facts: Facts) -> Section | None:
     if not facts.candidates:
         return None
@@ -217,6 +237,23 @@ def _layouts(facts: Facts) -> Section:
         "All modules",
         f"{f'<ul>{notes}</ul>' if notes else ''}<details><summary>{len(rows)} modules</summary>{table}</details>",
     )
+
+
+def _recipe(facts: Facts) -> Section | None:
+    if facts.recipe is None:
+        return None
+    about = [(name.replace("_", " "), _number(value)) for name, value in facts.recipe.get("about", {}).items()]
+    shown = as_json({name: value for name, value in facts.recipe.items() if name != "about"})
+    return (
+        "recipe",
+        "Recipe",
+        f"<p>Also in the file anybit_recipe.json, for <code>anybit quantize --recipe</code>.</p>"
+        f'{_table(["", ""], about) if about else ""}<pre tabindex="0">{_text(shown)}</pre>',
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _again(facts: Facts) -> Section:
