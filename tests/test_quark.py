@@ -190,12 +190,82 @@ def test_the_first_pattern_counts_and_exclusion_wins() -> None:
     assert list(found.values()) == [{"dtype": "uint4"}, {"dtype": "int8"}, None, None]
 
 
-def test_levels_of_two_and_rounding_behind_the_embedding_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [False, True])
+def test_int4_of_fp8_has_both_scales(rows: bool) -> None:
+    """weight_scale is that of the FP8 the codes came from, weight_scale_2 that of int4: q * s2 * s."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (64, 24), generator=generator)  # [in, out]
+    stored = {
+        "weight": words(codes, (0, 2, 4, 6, 1, 3, 5, 7)),
+        "weight_scale": torch.rand(24, generator=generator) if rows else torch.tensor(0.25),
+        "weight_scale_2": torch.rand(2, 24, generator=generator),
+        "weight_zero_point_2": words(torch.zeros(2, 24), (0, 2, 4, 6, 1, 3, 5, 7)),
+    }
+    int4 = {"dtype": "int4", "qscheme": "per_group", "group_size": 32}
+    layout = read(stored, (24, 64), **native([{"dtype": "fp8_e4m3", "qscheme": "per_tensor"}, int4]))
+    weight = layout.decode(stored)
+    wanted = codes.T * stored["weight_scale_2"].T.repeat_interleave(32, 1) * stored["weight_scale"].reshape(-1, 1)
+    assert torch.equal(weight.to_dense(torch.float32), wanted)
+    assert_same(layout.encode(weight), stored)
+    del stored["weight_scale_2"]
+    with pytest.raises(MissingTensor, match="weight_scale_2"):
+        read(stored, (24, 64), **native([FP8, int4]))
+
+
+def test_fp4_whose_scales_are_quantized_is_nvfp4() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = {
+        "weight": torch.randint(0, 256, (8, 32), generator=generator, dtype=torch.uint8),
+        "weight_scale": (torch.rand(8, 4, generator=generator) + 0.5).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(0.125),
+    }
+    fp4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16}
+    scales = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_scale_quant": True}
+    layout = read(stored, (8, 64), **native([fp4, scales]))
+    weight = layout.decode(stored)
+    numbers = levels.table("e2m1", "cpu")[
+        torch.stack([stored["weight"] & 15, stored["weight"] >> 4], -1).flatten(1).long()
+    ]
+    wanted = numbers * (stored["weight_scale"].float() * 0.125).repeat_interleave(16, 1)
+    assert torch.equal(weight.to_dense(torch.float32), wanted)
+    assert all(torch.equal(layout.encode(weight)[name].float(), tensor.float()) for name, tensor in stored.items())
+    with pytest.raises(ShapeMismatch, match="inputs as they are"):
+        read(stored, (8, 64), **native([fp4, scales], [fp4, scales]))
     with pytest.raises(ConfigError, match="2 levels"):
-        QuarkHfQuantizer(QuarkConfig(global_quant_config={"weight": [FP8, FP8]}, export={})).spec_of("a", "weight")
+        QuarkHfQuantizer(QuarkConfig(**native([fp4, scales]))).spec_of("a", "weight")
+
+
+def test_a_cache_behind_the_embedding_rounds_keys_with_their_rotation(tmp_path: Path, monkeypatch: Any) -> None:
+    """kv_cache_post_rope: the same scales, k_proj.output_scale and v_proj.output_scale, where states enter the cache."""
+    from transformers.models.llama import modeling_llama
+
     folder = altered(tmp_path, "fp8-kvcache", {"kv_cache_post_rope": True})
-    with pytest.raises(ConfigError, match="kv_cache_post_rope"):
-        anybit.load(folder)
+    ids = load_file(folder / "reference.safetensors")["input_ids"]
+    stored = load_file(folder / "model.safetensors")
+    model: Any = anybit.load(folder)
+    with torch.no_grad():
+        found = model(ids).logits
+        before: Any = anybit.load(GOLDEN / "fp8-kvcache")
+        assert not torch.equal(found, before(ids).logits)
+    before.model.layers[0].self_attn.k_proj._forward_hooks.clear()  # what is left to do is done by hand
+    turn = modeling_llama.apply_rotary_pos_emb
+    layer = iter(range(100))
+
+    def rounded(query: torch.Tensor, key: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        query, key = turn(query, key, *rest, **more)
+        scale = stored[f"model.layers.{next(layer)}.self_attn.k_proj.output_scale"].float()
+        return query, ((key.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(key.dtype)
+
+    for own in before.model.layers:
+        own.self_attn.k_proj._forward_hooks.clear()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rounded)
+    with torch.no_grad():
+        assert torch.equal(found, before(ids).logits)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    with pytest.raises(InvalidOption, match="kv_cache_post_rope"):
+        QuarkHfQuantizer(QuarkConfig(**native(FP8), kv_cache_post_rope=True), pre_quantized=False)
 
 
 def altered(folder: Path, variant: str, changes: dict[str, Any], drop: tuple[str, ...] = ()) -> Path:

@@ -30,6 +30,10 @@ def refuse(config: Any) -> None:
             f"QuarkConfig: kv_cache_scheme is {config.kv_cache_scheme!r}; files of quant_method 'fp8' with a quantized cache are "
             "not made here. Use quant_method 'quark' and kv_cache_quant_config"
         )
+    if config.kv_cache_post_rope:
+        raise InvalidOption(
+            "QuarkConfig: kv_cache_post_rope is true, and caches are measured before the rotation of keys here; leave it out"
+        )
     asked = [name for name in ("algo_config", "softmax_quant_spec") if getattr(config, name)]
     if asked:
         raise CalibrationNeeded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
@@ -11,10 +11,11 @@ from anybit.algorithms import minifloat
 from anybit.errors import CorruptFile
 from anybit.methods._quark_integers import SMALLEST, QuarkLayout
 from anybit.methods._quark_states import MX, measured
-from anybit.methods._scaled_floats import ScaledFloatLayout
+from anybit.methods._scaled_floats import ScaledFloatLayout, Spec, check_form, require_scale
 from anybit.methods._words import require_finite
 from anybit.weight.activation import Activation
-from anybit.weight.nodes import Node, Values
+from anybit.weight.layout import Layout, meta
+from anybit.weight.nodes import Node, Scaled, Values
 from anybit.weight.weight import Weight
 
 if TYPE_CHECKING:
@@ -87,3 +88,38 @@ class FakeLayout(QuarkLayout):
     def write(self, weight: Weight) -> dict[str, Tensor]:
         tree: Any = weight.tree
         return {"weight": tree.tensor, **weight.extras}
+
+
+@dataclass(frozen=True)
+class ProgressiveLayout(Layout):
+    """A weight in FP8 whose codes were quantized again, e.g. to int4: what `inner` stores, times the scale of the FP8.
+
+    Stored: weight, weight_scale_2 and weight_zero_point_2 of the inner level, weight_scale of the outer one.
+    """
+
+    inner: Layout = Layout((0, 0))  # noqa: RUF009 frozen
+    outer: Spec = ("weight_scale", "float32", ())
+
+    def _split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {"weight_scale_2": "weight_scale", "weight_zero_point_2": "weight_zero_point"}
+        return {names.get(name, name): tensor for name, tensor in tensors.items() if name != self.outer[0]}
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
+        scale = self.take(tensors, *self.outer)
+        require_scale(self.outer[0], scale)
+        return self._above(self.inner.decode(self._split(tensors)), scale)
+
+    @staticmethod
+    def _above(below: Weight, scale: Tensor) -> Weight:
+        return replace(below, tree=Scaled(below.tree, Values(scale.reshape(-1, 1))))
+
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        tree: Any = check_form(weight, self)
+        below = self.inner.encode(replace(weight, tree=tree.child))
+        names = {"weight_scale": "weight_scale_2", "weight_zero_point": "weight_zero_point_2"}
+        found = {names.get(name, name): tensor for name, tensor in below.items()}
+        return {**found, self.outer[0]: tree.scale.tensor.reshape(self.outer[2])}
+
+    def scheme(self) -> Weight:
+        _, dtype, shape = self.outer
+        return self._above(self.inner.scheme(), meta(dtype, *shape))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from anybit.errors import InvalidOption, MissingTensor, ShapeMismatch
 from anybit.methods._awq_layout import AwqGemmLayout
-from anybit.methods._quark_floats import FP8, FakeLayout, FloatLayout
+from anybit.methods._float_evidence import nvfp4_layout
+from anybit.methods._quark_floats import FP8, FakeLayout, FloatLayout, ProgressiveLayout
 from anybit.methods._quark_integers import BytesLayout, RowWordsLayout, TurnedBytesLayout, WordsLayout
 from anybit.methods._quark_states import FLOATS, MX, inputs_of
 from anybit.methods._scaled_floats import Spec
@@ -85,9 +87,8 @@ def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> 
         return None
     if scale is None and weight.dtype in (*FLOATS, "float64"):
         beside = [name for name in PARAMETERS if name in stored]
-        expected = (
-            quantizer.weight_format == "fake_quantized"
-            and quantizer.spec_of(module.name, "weight", module.kind) is not None
+        expected = quantizer.weight_format == "fake_quantized" and bool(
+            quantizer.levels_of(module.name, "weight", module.kind)
         )
         if beside or expected:
             raise MissingTensor(
@@ -99,7 +100,45 @@ def layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any]) -> 
         raise MissingTensor(
             f"tensor {join_name(module.name, 'weight_scale')!r} is not stored; {weight.name!r} is {weight.dtype}"
         )
-    spec = quantizer.spec_of(module.name, "weight", module.kind) or {}
+    levels = quantizer.levels_of(module.name, "weight", module.kind)
+    if len(levels) == 2:
+        return _two_levels(quantizer, module, stored, *levels)
+    return _layout_of(quantizer, module, stored, quantizer.spec_of(module.name, "weight", module.kind) or {})
+
+
+def _two_levels(
+    quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any], first: Mapping[str, Any], second: Mapping[str, Any]
+) -> Layout:
+    """Scales that are quantized themselves (NVFP4), or codes of what are codes already (int4 of FP8)."""
+    scale = stored["weight_scale"]
+    if "weight_scale_2" not in stored:
+        raise MissingTensor(
+            f"tensor {join_name(module.name, 'weight_scale_2')!r} is not stored; the weight has two levels"
+        )
+    if second.get("is_scale_quant"):
+        found = nvfp4_layout(module, {name: info for name, info in stored.items() if not name.startswith("input")})
+        if found is None or quantizer.levels_of(module.name, "input_tensors"):
+            raise ShapeMismatch(
+                f"{module.name}: its scales are quantized, and {stored['weight'].name!r} {stored['weight'].dtype}, "
+                f"{scale.name!r} {scale.dtype} are no NVFP4 with inputs as they are; other forms with two levels of scales are "
+                "not known"
+            )
+        return replace(found, common_shape=tuple(stored["weight_scale_2"].shape))
+    if first.get("dtype") not in ("fp8_e4m3", "fp8_e5m2") or tuple(scale.shape) not in ((), (1,), module.shape[:1]):
+        raise ShapeMismatch(
+            f"{module.name}: the first of its two levels is {first.get('dtype')!r} with {scale.name!r} {tuple(scale.shape)}; "
+            "known are FP8 with one scale or one for each output"
+        )
+    names = {"weight": "weight", "weight_scale": "weight_scale_2", "weight_zero_point": "weight_zero_point_2"}
+    below = {name: stored[own] for name, own in names.items() if own in stored}
+    below |= {name: info for name, info in stored.items() if name.startswith("input_")}
+    inner = _layout_of(quantizer, module, below, second)
+    return ProgressiveLayout(module.shape, module.dtype, inner, ("weight_scale", scale.dtype, tuple(scale.shape)))
+
+
+def _layout_of(quantizer: Any, module: ModuleInfo, stored: Mapping[str, Any], spec: Mapping[str, Any]) -> Layout:
+    """The layout of one level, or of the second of two, whose tensors are given the names of one."""
+    weight, scale = stored["weight"], stored["weight_scale"]
     inputs = inputs_of(module, quantizer.spec_of(module.name, "input_tensors"), stored)
     shape = tuple(scale.shape)
     own: Spec = ("weight_scale", scale.dtype, shape)

@@ -11,9 +11,10 @@ from anybit._lazy import torch
 from anybit.algorithms import minifloat
 from anybit.errors import CalibrationNeeded, InvalidOption, MissingTensor, ShapeMismatch
 from anybit.methods._activations import TOP, finish, groups
-from anybit.methods._kv_cache import straight
+from anybit.methods._cache_scales import unchanged
+from anybit.methods._kv_cache import RoundedCache, has_cache, straight
 from anybit.methods._scaled_floats import Inputs, Spec, require_scale
-from anybit.quantizers.attachments import Attachment, attach_after
+from anybit.quantizers.attachments import Attachment, attach_after, attach_before
 from anybit.quantizers.measurement import Measurement
 from anybit.weight.activation import Activation, Product, activation_rule
 from anybit.weight.layout import ModuleInfo, join_name
@@ -26,6 +27,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 # dtype: (levels, exponent of the largest number, rounding of the mode "even")
 MX = {"fp4": ("e2m1", 2, "even_1"), "fp6_e2m3": ("e2m3", 2, "even_3"), "fp6_e3m2": ("e3m2", 4, "even_2")}
 MODES = ("even", "floor", "ceil")
+PROJECTIONS = ("k_proj", "v_proj")
 
 
 def rounded_mx(x: Tensor, dtype: str, mode: str, size: int = 32) -> Tensor:
@@ -92,9 +94,27 @@ class RoundedOutput(Attachment):
         return straight(output, found.to(output.dtype))
 
 
-def attach_outputs(model: Any, checkpoint: Any, path_of: Callable[[str], str | None], spec_of: Any) -> set[str]:
-    """Buffers for stored output scales, and hooks that use them: their state dict keys."""
+@dataclass
+class RoundedState:
+    """Keys with their rotation, or values, by the scale that is stored for the output of their projection."""
+
+    projection: str
+    dtype: str
+
+    def __call__(self, attention: Any, states: Tensor) -> Tensor:
+        found: Tensor = RoundedOutput(self.dtype)(attention._modules[self.projection], None, states)
+        return found
+
+
+def attach_outputs(
+    model: Any, checkpoint: Any, path_of: Callable[[str], str | None], spec_of: Any, post_rope: bool = False
+) -> set[str]:
+    """Buffers for stored output scales, and hooks that use them: their state dict keys.
+
+    `post_rope`: outputs of k_proj and v_proj are rounded where they enter the cache, keys with their rotation.
+    """
     keys: set[str] = set()
+    cached: dict[str, dict[str, str]] = {}
     for key, info in checkpoint.tensors.items():
         name, _, own = key.rpartition(".")
         path = path_of(name) if own in ("output_scale", "output_zero_point") else None
@@ -110,9 +130,16 @@ def attach_outputs(model: Any, checkpoint: Any, path_of: Callable[[str], str | N
             dtype = (spec_of(name) or {}).get("dtype", "fp8_e4m3")
             if dtype not in ("fp8_e4m3", "int8"):
                 raise InvalidOption(f"{name}: outputs are quantized to {dtype!r}; known are 'fp8_e4m3' and 'int8'")
-            attach_after(module, RoundedOutput(dtype))
+            attention, _, projection = path.rpartition(".")
+            if post_rope and projection in PROJECTIONS and has_cache(model.get_submodule(attention)):
+                cached.setdefault(attention, {})[projection] = dtype
+            else:
+                attach_after(module, RoundedOutput(dtype))
         module.register_buffer(own, torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta"))
         keys.add(f"{path}.{own}")
+    for attention, dtypes in cached.items():
+        rounds = [RoundedState(name, dtypes[name]) if name in dtypes else unchanged for name in PROJECTIONS]
+        attach_before(model.get_submodule(attention), RoundedCache(*rounds), with_kwargs=True)
     return keys
 
 

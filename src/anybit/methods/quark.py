@@ -18,7 +18,7 @@ from anybit.errors import InvalidOption, NotRepresentable
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.matching import compiled
-from anybit.quantizers.options import check_names, check_objects, check_type, refuse
+from anybit.quantizers.options import check_names, check_objects, check_type
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
@@ -203,16 +203,26 @@ class QuarkHfQuantizer(HfQuantizer):
         return str((self.quantization_config.export or {}).get("weight_format") or "real_quantized")
 
     def spec_of(self, module: str, part: str, kind: str = "linear") -> Mapping[str, Any] | None:
-        """What the configuration says of "weight", "input_tensors" or "output_tensors" of a module.
+        """What the configuration says of "weight", "input_tensors" or "output_tensors" of a module, if it has one level."""
+        found = self.levels_of(module, part, kind)
+        if len(found) > 1:
+            raise InvalidOption(
+                f"QuarkConfig: {part} of {module} is quantized in {len(found)} levels; of weights two are read, and of others one"
+            )
+        return found[0] if found else None
+
+    def levels_of(self, module: str, part: str, kind: str = "linear") -> list[Mapping[str, Any]]:
+        """The same with all its levels, the first one applied first; none where nothing is quantized.
 
         Settings for all modules are meant for linear layers; those of an embedding name it, or its class.
         """
         config = self.quantization_config
         if config.custom_mode == "fp8":
-            return self._fp8_mode(module, part)
+            own = self._fp8_mode(module, part)
+            return [] if own is None else [own]
         kept_output = part == "output_tensors" and _first(module, config.kv_cache_quant_config or ()) is not None
         if _first(module, config.exclude or ()) is not None and not kept_output:
-            return None
+            return []
         named = _first(module, config.layer_quant_config or ())
         settings = config.layer_quant_config[named] if named is not None else None
         if settings is None:
@@ -220,9 +230,7 @@ class QuarkHfQuantizer(HfQuantizer):
         if settings is None and kind == "linear":
             settings = config.global_quant_config
         found = (settings or {}).get(part)
-        if isinstance(found, list):
-            raise InvalidOption(f"QuarkConfig: {part} of {module} is quantized in {len(found)} levels; one is known")
-        return found
+        return found if isinstance(found, list) else [found] if found else []
 
     def _fp8_mode(self, module: str, part: str) -> Mapping[str, Any] | None:
         config = self.quantization_config
@@ -283,12 +291,12 @@ class QuarkHfQuantizer(HfQuantizer):
         return layouts.mended_names(checkpoint) if self.quantization_config.custom_mode == "awq" else checkpoint
 
     def attach(self, model: Any, checkpoint: Any, path_of: Callable[[str], str | None]) -> None:
-        if self.quantization_config.kv_cache_post_rope:
-            raise refuse(
-                self.quantization_config, "kv_cache_post_rope", "keys are rounded before their rotary embedding here"
-            )
         self.attached = states.attach_outputs(
-            model, checkpoint, path_of, lambda name: self.spec_of(name, "output_tensors")
+            model,
+            checkpoint,
+            path_of,
+            lambda name: self.spec_of(name, "output_tensors"),
+            bool(self.quantization_config.kv_cache_post_rope),
         )
 
     def layout_of(self, module: ModuleInfo, stored: Mapping[str, Any], peek: Callable[[str], Any]) -> Layout | None:
