@@ -33,20 +33,31 @@ QUIET = ["-Wno-uninitialized", "-Wno-psabi"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# variant -> its flags; each is one file, and left out if the compiler cannot build it
+# variant -> its flags; its files are named after it, and left out if the compiler cannot build them
 VARIANTS = {
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512vbmi": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"],
+    "x86": {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512vbmi": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"],
+    },
+    "arm": {"neon": []},  # every 64-bit processor has it
+    "other": {},
 }
 
 
-def _is_x86() -> bool:
-    """Whether the code that is built is x86-64 (a universal macOS build is not only that)."""
+def _files(variant: str) -> list[str]:
+    """Source files of one variant."""
+    return [path.name for path in sorted(SOURCES.glob(f"*_{variant}.cpp"))]
+
+
+def _machine() -> str:
+    """What the code is built for; a universal macOS build gets no variants."""
     architectures = os.environ.get("ARCHFLAGS", "").split()
-    if "arm64" in architectures:
-        return False
-    return platform.machine().lower() in ("x86_64", "amd64")
+    known = {"x86_64": "x86", "amd64": "x86", "arm64": "arm", "aarch64": "arm"}
+    wanted = {known[name] for name in architectures if name in known}
+    if len(wanted) > 1:
+        return "other"
+    return wanted.pop() if wanted else known.get(platform.machine().lower(), "other")
 
 
 class OptionalNative(build_ext):
@@ -74,11 +85,12 @@ class OptionalNative(build_ext):
         common = [*UNIX_FLAGS, *QUIET] if unix else MSVC_FLAGS
         folder = Path(self.build_temp) / "anybit_cpu"
         objects, found = [], []
-        if unix and _is_x86():
+        variants = VARIANTS[_machine()] if unix else {}
+        if variants:
             with ThreadPoolExecutor(os.cpu_count() or 1) as at_once:
                 built = {
-                    name: at_once.submit(self._compile, folder, [f"grid_{name}.cpp"], [*common, *flags])
-                    for name, flags in VARIANTS.items()
+                    name: at_once.submit(self._compile, folder, _files(name), [*common, *flags])
+                    for name, flags in variants.items()
                 }
             for name, result in built.items():
                 try:
@@ -87,7 +99,7 @@ class OptionalNative(build_ext):
                 except Exception as error:
                     self.warn(f"anybit: no {name} kernels, the compiler cannot build them ({error})")
         macros = [(f"ANYBIT_WITH_{name.upper()}", "1") for name in found]
-        objects += self._compile(folder, ["grid_scalar.cpp", "driver.cpp", "threads.cpp"], common, macros)
+        objects += self._compile(folder, [*_files("scalar"), "driver.cpp", "sparse.cpp", "threads.cpp"], common, macros)
         target.parent.mkdir(parents=True, exist_ok=True)
         # linked beside the target and moved over it: a process that has the old library loaded keeps it
         with tempfile.TemporaryDirectory(dir=target.parent) as beside:

@@ -220,6 +220,37 @@ def with_signed_scales(bits: int, scale_bits: int, group: int, columns: int, lev
     return nodes.Grid(codes(7, columns, bits=bits, signed=levels is None), scale, levels=levels, block=(1, group))
 
 
+def mlx(rows: int, columns: int, group: int) -> nodes.Grid:
+    groups = -(-columns // group)
+    return nodes.Grid(
+        codes(rows, columns, bits=4), nodes.Values(positive(rows, groups, dtype=torch.bfloat16)),
+        offset=nodes.Values(positive(rows, groups, seed=2, dtype=torch.bfloat16)), block=(1, group), compute="bfloat16",
+    )  # fmt: skip
+
+
+def spqr(rows: int, columns: int) -> nodes.Grid:
+    """Tiles of 16 x 16: codes of three bits, their scales and zeros again, all in half precision."""
+
+    def fine(seed: int, scale: float) -> nodes.Grid:
+        factor = (positive(rows // 16, -(-columns // 16), seed=seed) * scale).half()
+        return nodes.Grid(
+            codes(rows, -(-columns // 16), bits=3, seed=seed), nodes.Values(factor), nodes.Values(torch.full_like(factor, -1.5)),
+            block=(16, 1), compute="float16",
+        )  # fmt: skip
+
+    return nodes.Grid(codes(rows, columns, bits=3), fine(2, 1), fine(3, 20), block=(1, 16), compute="float16")
+
+
+def outliers(rows: int, columns: int) -> nodes.Sparse:
+    """Some rows have none, some name a place twice."""
+    counts = torch.randint(0, 5, (rows,), generator=generator(6)) * 2
+    places = torch.randint(0, columns, (int(counts.sum()),), generator=generator(7))
+    places[1::6] = places[::6][: len(places[1::6])]
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    numbers = torch.randn(1, len(places), generator=generator(8)).half()
+    return nodes.Sparse(offsets, places.to(torch.int32), nodes.Values(numbers), columns)
+
+
 NESTED = {
     "Q4_K": with_minimums(4, 6, 32, 512),
     "Q4_K, wide": with_minimums(4, 6, 32, 8960, 3),
@@ -277,6 +308,13 @@ TREES = {
     "scaled outputs": nodes.Scaled(plain(10, 256), nodes.Values(positive(10, 1))),
     "scaled by one number (LLM.int8)": nodes.Scaled(plain(10, 256, 8), nodes.Values(positive(1, 1))),
     "columns of what is turned": nodes.Columns((nodes.Rotate(plain(10, 64), 64), plain(10, 100, 8, 1024))),
+    "bfloat16 arithmetic (MLX)": mlx(9, 1000, 64),
+    "bfloat16 arithmetic, wide groups": mlx(5, 1200, 256),
+    "bfloat16 arithmetic, one scale a row": mlx(5, 1200, 1200),
+    "outliers (SpQR)": nodes.Permute(
+        nodes.Sum((spqr(32, 100), outliers(32, 100)), "float16"), torch.randperm(100, generator=generator(4)).to(torch.int32)
+    ),
+    "outliers beside a sum in float32": nodes.Sum((plain(10, 256), outliers(10, 256))),
     "more groups than a run": plain(5, 5000, 4, 8),
     "more columns than a block": nodes.Grid(codes(5, 2500, bits=3), nodes.Values(positive(5, 40)), block=(1, 64), compute="bfloat16"),
 }  # fmt: skip

@@ -130,9 +130,13 @@ def grid_program(tree: Node, space: Workspace) -> dict[str, Any]:
     return {"grid": _grid_of(tree, space)}
 
 
-def rounds_inputs(kind: str, grid: Grid) -> bool:
-    """Whether a grid is multiplied in bytes by the fast kernel."""
-    return grid.compute == 0 and (grid.levels in (UNSIGNED, SIGNED) or (grid.levels == TABLE and grid.bits == 4))
+def rounds_inputs(kind: str, grid: Any) -> bool:
+    """Whether a leaf is a grid that the fast kernel multiplies in bytes."""
+    return (
+        kind == "grid"
+        and grid.compute == 0
+        and (grid.levels in (UNSIGNED, SIGNED) or (grid.levels == TABLE and grid.bits == 4))
+    )
 
 
 def has_group_index(tree: Node) -> bool:
@@ -303,6 +307,9 @@ def _nested(node: Node, space: Workspace) -> tuple[Slot, Nested] | None:
         case _:
             return None
     scale, offset = node.scale, node.offset
+    unscaled = scale is None
+    if unscaled:
+        scale = nodes.Values(torch.ones(1, 1, device="meta" if space.meta else own.device))
     if not isinstance(scale, nodes.Values) or scale.inverted or (kind := _stored_kind(scale)) is None:
         return None
     group = _flat_group((high, wide), node.block, (scale.shape[-2], scale.shape[-1]))
@@ -322,7 +329,8 @@ def _nested(node: Node, space: Workspace) -> tuple[Slot, Nested] | None:
             levels_kind = E4M3
         else:
             table = space.add(levels.table(node.levels).to("meta" if space.meta else "cpu"))
-    found = Nested(bits, levels_kind, group, high * wide, kind, space.own_slot(scale.tensor, scale.tensor.dim() == 3))
+    scale_slot = space.add(scale.tensor) if unscaled else space.own_slot(scale.tensor, scale.tensor.dim() == 3)
+    found = Nested(bits, levels_kind, group, high * wide, kind, scale_slot)
     found.scale_negated, found.table = scale.negated, table
     if offset is not None:
         plain = isinstance(offset, nodes.Values) and not (offset.inverted or offset.negated)
@@ -364,14 +372,17 @@ def _numbers(
     if isinstance(node, nodes.Values) and node.inverted and name == "scale":
         raise Refused(f"a scale to divide by, stored as {node.tensor.dtype}")
     shape = tuple(node.shape)
+    kept = (
+        getattr(torch, node.compute) if isinstance(node, nodes.Grid) else torch.float32
+    )  # it holds what was rounded to it
     if space.meta:
         small = name == "zero" and isinstance(node, nodes.Codes) and node.bits <= 8 and not node.signed
-        derived = torch.empty(shape, dtype=torch.uint8 if small else torch.float32, device="meta")
+        derived = torch.empty(shape, dtype=torch.uint8 if small else kept, device="meta")
         return (_FLOAT_PARAMETERS[derived.dtype], space.add(derived, len(shape) == 3), shape, False, False)
-    numbers = node.dense()
+    numbers = node.dense().to(kept)
     if select is not None and numbers.shape[-1] > 1:
         numbers = select(numbers)
-    kind = 1
+    kind = _FLOAT_PARAMETERS[kept]
     if name == "zero" and bool(((numbers >= 0) & (numbers <= 255) & (numbers == numbers.round())).all()):
         numbers, kind = numbers.to(torch.uint8), _FLOAT_PARAMETERS[torch.uint8]
     return kind, space.add(numbers, numbers.dim() == 3), tuple(numbers.shape), False, False

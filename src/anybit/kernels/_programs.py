@@ -3,7 +3,8 @@
     {"rows" | "columns" | "stack": [...]}   parts above or beside each other; one program per expert
     {"sum": [...]}                          products added
     {"rotated": ...}                        the input or the output turned, instead of the weight
-    {"scaled": ...}                         the input or the output scaled, instead of the weight
+    {"scaled": ...}                         the input or the output scaled and shifted, instead of the weight
+    {"permuted": ...}                       the input in another order
     {"cropped": ...}                        a padded weight: the input filled up, the output cut
 
 Anything else is a leaf, which is the kernel's own. Programs are plain data, part of a kernel's spec.
@@ -55,15 +56,28 @@ def program_of(tree: Node, space: Workspace, leaf: LeafProgram) -> dict[str, Any
                 raise Refused("a stack of rotated experts; a matrix of that kind is accepted")
             slot = None if matrix is None else space.own_slot(matrix, False)
             return {"rotated": {"child": of(child), "size": size, "side": side, "matrix": slot}}
-        case nodes.Scaled(child=child, scale=scale, offset=None, compute="float32") if scale is not None:
-            if len(tree.shape) == 3 or 1 not in scale.shape:
-                raise Refused(f"a second scale of {tuple(scale.shape)} values; one a row or one a column is read")
-            numbers = torch.empty(scale.shape, device="meta") if space.meta else scale.dense()
-            along = "input" if scale.shape[0] == 1 and scale.shape[1] > 1 else "output"
-            return {"scaled": {"child": of(child), "along": along, "factors": space.add(numbers.reshape(-1))}}
-        case nodes.Crop(child=nodes.Rotate() | nodes.Codebook() | nodes.Scaled() as child, rows=rows, columns=columns):
+        case nodes.Scaled(child=child, scale=scale, offset=offset, compute="float32"):
+            factors = None if scale is None else _along(scale, "scale", space)
+            shifts = None if offset is None else _along(offset, "offset", space)
+            return {"scaled": {"child": of(child), "factors": factors, "shifts": shifts}}
+        case nodes.Permute(child=child, index=index) if not isinstance(child, nodes.Grid) and len(tree.shape) == 2:
+            if not space.meta and not bool(((index >= 0) & (index < child.shape[-1])).all()):
+                raise ValueError(f"an order of columns that names columns outside 0 .. {child.shape[-1] - 1}")
+            return {"permuted": {"child": of(child), "order": space.own_slot(index, False)}}
+        case nodes.Crop(
+            child=nodes.Rotate() | nodes.Codebook() | nodes.Scaled() | nodes.Sum() as child, rows=rows, columns=columns
+        ):
             return {"cropped": {"child": of(child), "rows": rows, "columns": columns}}
     return leaf(tree, space)
+
+
+def _along(part: Node, name: str, space: Workspace) -> dict[str, Any]:
+    """Numbers of a `Scaled`, one an input or one an output."""
+    if len(part.shape) == 3 or 1 not in part.shape:
+        raise Refused(f"a second {name} of {tuple(part.shape)} values; one a row or one a column is read")
+    numbers = torch.empty(part.shape, device="meta") if space.meta else part.dense()
+    along = "input" if part.shape[0] == 1 and part.shape[1] > 1 else "output"
+    return {"along": along, "slot": space.add(numbers.reshape(-1))}
 
 
 def any_leaf(program: dict[str, Any], wanted: Callable[[str, Any], bool]) -> bool:
@@ -332,29 +346,65 @@ _hadamard = functools.lru_cache(maxsize=32)(hadamard)
 
 
 class ScaledProduct(Program):
-    """A factor for every input or for every output of the child."""
+    """A factor for every input or for every output of the child, and a number that is added to all its weights there."""
 
     def __init__(self, child: Program, content: dict[str, Any]):
-        self.child, self.along, self.position = child, content["along"], content["factors"]["position"]
+        self.child, self.factors, self.shifts = child, content["factors"], content["shifts"]
+        self.rows, self.columns = child.rows, child.columns
+
+    def _numbers(self, part: dict[str, Any] | None, along: str, tensors: list[Tensor]) -> Tensor | None:
+        return tensors[part["slot"]["position"]] if part is not None and part["along"] == along else None
+
+    def into(
+        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
+    ) -> None:
+        if (factors := self._numbers(self.factors, "input", tensors)) is not None:
+            if self.shifts is None:
+                return self.child.into((x.to(torch.float32) * factors).to(x.dtype), tensors, bias, y, add, expert)
+            found = self.child.linear((x.to(torch.float32) * factors).to(x.dtype), tensors, None, torch.float32)
+        else:
+            found = self.child.linear(x, tensors, None, torch.float32)
+        if (factors := self._numbers(self.factors, "output", tensors)) is not None:
+            found = found * factors
+        if (shifts := self._numbers(self.shifts, "input", tensors)) is not None:
+            found = found + (x.to(torch.float32) @ shifts)[:, None]
+        if (shifts := self._numbers(self.shifts, "output", tensors)) is not None:
+            found = found + x.to(torch.float32).sum(1, keepdim=True) * shifts
+        _put(found, bias, y, add)
+        return None
+
+    def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
+        full = gradient.to(torch.float32)
+        if (shifts := self._numbers(self.shifts, "input", tensors)) is not None:
+            total += full.sum(1, keepdim=True) * shifts
+        if (shifts := self._numbers(self.shifts, "output", tensors)) is not None:
+            total += (full @ shifts.expand(self.rows))[:, None]
+        if (factors := self._numbers(self.factors, "output", tensors)) is not None:
+            self.child.add_gradient(full * factors, tensors, total)
+        elif (factors := self._numbers(self.factors, "input", tensors)) is not None:
+            own = torch.zeros_like(total)
+            self.child.add_gradient(gradient, tensors, own)
+            total += own * factors
+        else:
+            self.child.add_gradient(gradient, tensors, total)
+
+
+class Permuted(Program):
+    """Column j of the child meets input order[j]."""
+
+    def __init__(self, child: Program, content: dict[str, Any]):
+        self.child, self.position = child, content["order"]["position"]
         self.rows, self.columns = child.rows, child.columns
 
     def into(
         self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0
     ) -> None:
-        factors = tensors[self.position]
-        if self.along == "input":
-            self.child.into((x.to(torch.float32) * factors).to(x.dtype), tensors, bias, y, add, expert)
-        else:
-            _put(self.child.linear(x, tensors, None, torch.float32) * factors, bias, y, add)
+        self.child.into(x.index_select(1, tensors[self.position]), tensors, bias, y, add, expert)
 
     def add_gradient(self, gradient: Tensor, tensors: list[Tensor], total: Tensor) -> None:
-        factors = tensors[self.position]
-        if self.along == "input":
-            own = torch.zeros_like(total)
-            self.child.add_gradient(gradient, tensors, own)
-            total += own * factors
-        else:
-            self.child.add_gradient(gradient.to(torch.float32) * factors, tensors, total)
+        own = torch.zeros_like(total)
+        self.child.add_gradient(gradient, tensors, own)
+        total.index_add_(1, tensors[self.position], own)
 
 
 class Cropped(Program):
@@ -382,5 +432,5 @@ _OF_PARTS: dict[str, Callable[[list[Program]], Program]] = {
     "rows": RowParts, "columns": ColumnParts, "stack": ExpertParts, "sum": SumParts,
 }  # fmt: skip
 _OF_CHILD: dict[str, Callable[[Program, dict[str, Any]], Program]] = {
-    "rotated": Rotated, "scaled": ScaledProduct, "cropped": Cropped,
+    "rotated": Rotated, "scaled": ScaledProduct, "permuted": Permuted, "cropped": Cropped,
 }  # fmt: skip

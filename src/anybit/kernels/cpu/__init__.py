@@ -1,4 +1,4 @@
-"""Native CPU kernels: grids of 1- to 8-bit codes, multiplied from their packed bytes (csrc/, called through ctypes).
+"""Native CPU kernels: grids of 1- to 8-bit codes and codebooks, from their packed bytes (csrc/, called through ctypes).
 
 Accuracy of `cpu`: sums in float32 whatever the input's dtype, and weights too, with two exceptions for a bfloat16 input on CPUs
 that multiply bfloat16: numbers of tables that it cannot hold (NF4) are rounded to it, and from native.MANY rows of input on all
@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anybit.errors import InvalidOption
+from anybit.kernels._codebooks import is_codebook
 from anybit.kernels._grids import TABLE, Refused, Workspace, grid_program, rounds_inputs
 from anybit.kernels._programs import Program, ProgramKernel, any_leaf, form_of, readable
-from anybit.kernels.cpu import native
-from anybit.weight import Weight
+from anybit.kernels.cpu import native, outliers
+from anybit.kernels.cpu.books import VECTORS, codebook_program
+from anybit.weight import Weight, nodes
 from anybit.weight.nodes import Node
 
 ACCURACY_VARIABLE = "ANYBIT_CPU_ACCURACY"
@@ -54,7 +57,7 @@ class CpuGrid(ProgramKernel):
     name = "cpu"
     rank = 50
     description = (
-        "native code for grids of 1- to 8-bit codes: integers, 16-entry tables, FP8, bytes with any activation rule"
+        "native code for grids of 1- to 8-bit codes (integers, tables, FP8) and codebooks, with any activation rule"
     )
 
     nested = True
@@ -84,10 +87,23 @@ class CpuGrid(ProgramKernel):
         return None
 
     def leaf_program(self, tree: Node, space: Workspace) -> dict[str, Any]:
-        return grid_program(tree, space)
+        match tree:
+            case nodes.Sparse():
+                return outliers.sparse_program(tree, space)
+            case nodes.Sum(parts=(nodes.Grid() as grid, nodes.Sparse() as sparse), compute="float16" | "bfloat16"):
+                program = grid_program(grid, space)
+                return {
+                    "sum": [
+                        program,
+                        outliers.rounded_program(sparse, Leaf(asdict(program["grid"])), tree.compute, space),
+                    ]
+                }
+        return codebook_program(tree, space) if is_codebook(tree) else grid_program(tree, space)
 
-    def leaf(self, kind: str, content: Any) -> Leaf:
-        return Leaf(content, self.fast)
+    def leaf(self, kind: str, content: Any) -> Program:
+        if kind == "sparse":
+            return outliers.SparseLeaf(content)
+        return Leaf(content["grid"], content) if kind == "codebook" else Leaf(content, None, self.fast)
 
     def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
         program = form_of(self, spec).program
@@ -131,18 +147,24 @@ FAST = CpuFast()
 
 
 class Leaf(Program):
-    """One grid: a call of the library."""
+    """One grid or codebook: a call of the library."""
 
-    def __init__(self, grid: dict[str, Any], fast: bool = False):
+    def __init__(self, grid: dict[str, Any], book: dict[str, Any] | None = None, fast: bool = False):
         self.fast = fast
         self.rows, self.codes_columns = grid["rows"], grid["columns"]
+        vectors = (1, 1, 0, 0, 0, 0, 0)
+        if book is not None:
+            grid = {**grid, "levels": VECTORS}
+            names = ("books", "entries", "table_kind", "sign_bits", "sign_bytes")
+            vectors = (*book["vector"], *(book[name] for name in names))
         self.shape = native.Shape(
             *(grid[name] for name in ("rows", "columns", "row_bytes", "bits", "levels", "group", "compute")),
+            *vectors,
             *(_parameter(grid[name]) for name in ("scale", "zero", "offset")),
         )
         slots = [grid["codes"], grid["table"]]
         slots += [grid[name] and grid[name]["slot"] for name in ("scale", "zero", "offset")]
-        slots.append(grid["permutation"])
+        slots += [grid["permutation"], book and book["signs"]]
         for name in ("scale", "zero", "offset"):
             nested = grid[name] and grid[name]["nested"]
             slots += [nested and nested["table"], nested and nested["scale"], nested and nested["offset"]]
@@ -150,12 +172,12 @@ class Leaf(Program):
         self.order = grid["permutation"] and grid["permutation"]["position"]
         self.columns = grid["inputs"]
         one_by_one = grid["compute"] != 0 or (grid["levels"] == TABLE and grid["bits"] > 4)
-        self.many = native.MANY_ROUNDED if one_by_one else native.MANY
+        self.many = native.MANY_VECTORS if book else native.MANY_ROUNDED if one_by_one else native.MANY
 
     def pointers(self, tensors: list[Tensor], expert: int) -> native.Tensors:
         found = [None if slot is None else tensors[slot[0]].data_ptr() + expert * slot[1] for slot in self.slots]
-        nested = (native.Nested * 3)(*(native.Nested(*found[at : at + 3]) for at in (6, 9, 12)))
-        return native.Tensors(*found[:6], nested)
+        nested = (native.Nested * 3)(*(native.Nested(*found[at : at + 3]) for at in (7, 10, 13)))
+        return native.Tensors(*found[:7], nested)
 
     def into(
         self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, add: bool = False, expert: int = 0

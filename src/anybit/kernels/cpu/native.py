@@ -1,8 +1,8 @@
 """The shared library of the CPU kernels: finding it, choosing an instruction-set level, calling it.
 
 A plain C ABI through ctypes; calls release the GIL. Threads are torch's own: on Linux the OpenMP runtime that torch has
-loaded is handed to the library as a function pointer, so there is no second pool. ANYBIT_CPU_ISA=scalar|avx2|avx512|avx512bf16|
-avx512vbmi forces a level.
+loaded is handed to the library as a function pointer, so there is no second pool. ANYBIT_CPU_ISA=scalar|avx2|avx512|avx512vbmi|
+neon forces a level.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from anybit.errors import InvalidOption, did_you_mean
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
 # 4096 x 4096: 36 for int4, 24 for NF4, 28 for int8, 5 where each weight is rounded by itself.
-MANY, MANY_ROUNDED = 28, 6
-ABI = 3  # anybit_abi() of the sources beside this file
+MANY, MANY_ROUNDED, MANY_VECTORS = 28, 6, 12
+ABI = 5  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
 
@@ -49,6 +49,10 @@ class Shape(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_bytes", "bits", "levels", "group", "compute")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("high", "wide", "books", "entries", "table_kind", "sign_bits", "sign_bytes")
+        ),
         *((name, Parameter) for name in ("scale", "zero", "offset")),
     ]
 
@@ -57,7 +61,7 @@ class Tensors(ctypes.Structure):
     """`anybit_tensors` of grid.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "zero", "offset", "permutation")),
+        *((name, ctypes.c_void_p) for name in ("codes", "table", "scale", "zero", "offset", "permutation", "signs")),
         ("nested", Nested * 3),
     ]
 
@@ -106,6 +110,8 @@ def _load() -> ctypes.CDLL | str:
     library.anybit_linear_experts.restype = integer
     library.anybit_decode.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] + [integer] * 3
     library.anybit_decode.restype = None
+    library.anybit_add_sparse.argtypes = [*[pointer] * 3, integer, pointer, *[integer] * 4, pointer, *[integer] * 2]
+    library.anybit_add_sparse.restype = None
     library.anybit_use_gomp(_gomp_parallel())
     try:
         wanted = os.environ.get(LEVEL_VARIABLE)
@@ -225,3 +231,11 @@ def decode(shape: Shape, tensors: Tensors, out: Tensor, first: int = 0, index: T
         out.data_ptr(), KINDS[out.dtype], out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def add_sparse(offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor, y: Tensor) -> None:
+    """float32 y [n, rows] += x [n, columns] @ S.T for a CSR matrix: int32 offsets [rows + 1] and columns, float32 values."""
+    library().anybit_add_sparse(
+        offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), offsets.numel() - 1, x.data_ptr(), KINDS[x.dtype],
+        x.shape[0], x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), torch.get_num_threads(),
+    )  # fmt: skip

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybit.kernels._grids import Grid, Refused, Slot, Workspace, grid_program
+from anybit.kernels._codebooks import codebook_of
+from anybit.kernels._grids import Slot, Workspace, grid_program
 from anybit.kernels._programs import DTYPES, Program
 from anybit.kernels.triton.tuning import Tile, tile_for
 from anybit.weight import nodes
 from anybit.weight.nodes import Node
-from anybit.weight.packing import row_bytes
 
 MANY = 256  # rows of input from which decoding pieces for torch's matmul costs less than decoding in the product
 PIECE = 1 << 24  # weights of such a piece: 32 MB in two bytes each, within the second-level cache of a large card
@@ -28,86 +27,19 @@ _NO_PARAMETER = {"kind": 0, "down": 1, "row_stride": 0, "width": 1, "inverted": 
 # --- trees -> programs ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Codebook:
-    """What a codebook has beyond the Grid that stands for its codes and scale."""
-
-    grid: Grid
-    vector: tuple[int, int]
-    books: int
-    entries: int
-    sign_bits: int = 0
-    sign_bytes: int = 0
-    signs: Slot | None = None
-    sign_table: Slot | None = None
-
-
 def leaf_program(tree: Node, space: Workspace) -> dict[str, Any]:
-    """The program of a grid or a codebook; Refused if there is none."""
-    return {"codebook": _codebook(tree, space)} if isinstance(tree, nodes.Codebook) else grid_program(tree, space)
+    """The program of a grid or a codebook; Refused if there is none. A codebook has its signs' table beside it."""
+    if not isinstance(tree, nodes.Codebook):
+        return grid_program(tree, space)
+    book, sign_table = codebook_of(tree, space, _tables), None
+    if isinstance(tree.signs, nodes.Codebook):
+        sign_table = space.add(tree.signs.books().reshape(-1, 8))
+    return {"codebook": {**vars(book), "sign_table": sign_table}}
 
 
-def _codebook(tree: nodes.Codebook, space: Workspace) -> Codebook:
-    codes, (high, wide) = tree.codes, tree.vector
-    if not isinstance(codes, nodes.Codes) or codes.signed or codes.bits > 16:
-        raise Refused("codes of a codebook that are not packed numbers of up to 16 bits")
-    if wide & (wide - 1):
-        raise Refused(f"vectors of {wide} columns; powers of two are read")
-    rows, columns = tree.shape[-2:]
+def _tables(tree: nodes.Codebook, space: Workspace) -> Slot:
     books = tree.books()
-    if isinstance(tree.tables, str):
-        table = space.add(books.to("meta" if space.meta else codes.packed.device))
-    else:
-        table = space.own_slot(books, books.dim() == 5)
-    # a grid over the codes alone carries the scale: a weight of the same shape, a code for each element of it
-    scale = tree.scale
-    grid = Grid(
-        rows, columns, row_bytes(codes.columns, codes.bits), codes.bits, 0, columns, _COMPUTE[tree.compute],
-        space.own_slot(codes.packed, codes.packed.dim() == 3), columns, table,
-    )  # fmt: skip
-    if scale is not None:
-        stand_in = nodes.Grid(nodes.Values(_bytes_like(codes, tree.shape)), scale, block=tree.block)
-        found = grid_program(stand_in, _Scales(space))["grid"]
-        if found.group % wide and found.group < columns:
-            raise Refused(f"scales of {found.group} columns over vectors of {wide}")
-        grid.scale, grid.group = found.scale, found.group
-    program = Codebook(grid, (high, wide), tree.count, books.shape[-3])
-    match tree.signs:
-        case None:
-            return program
-        case nodes.Codes(bits=1, signed=False) as signs:
-            pass
-        case (
-            nodes.Codebook(
-                codes=nodes.Codes(signed=False) as signs, vector=(1, 8), scale=None, signs=None, count=1
-            ) as own
-        ):
-            if wide > 8:
-                raise Refused(f"signs of eight columns over vectors of {wide}")
-            program.sign_table = space.add(own.books().reshape(-1, 8).to("meta" if space.meta else codes.packed.device))
-        case other:
-            raise Refused(f"signs that are a {type(other).__name__}")
-    program.sign_bits, program.sign_bytes = signs.bits, row_bytes(signs.columns, signs.bits)
-    program.signs = space.own_slot(signs.packed, signs.packed.dim() == 3)
-    return program
-
-
-_COMPUTE = {"float32": 0, "bfloat16": 1, "float16": 2}
-
-
-def _bytes_like(codes: nodes.Codes, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of this shape that takes no memory."""
-    return torch.empty(1, dtype=torch.uint8, device=codes.packed.device).expand(shape)
-
-
-class _Scales(Workspace):
-    """The same workspace, seen by a grid whose codes are not there."""
-
-    def __init__(self, space: Workspace):
-        self.__dict__ = space.__dict__
-
-    def own_slot(self, tensor: Tensor, stacked: bool) -> Slot:
-        return super().own_slot(tensor, stacked) if id(tensor) in self._position else Slot(0)
+    return space.add(books) if isinstance(tree.tables, str) else space.own_slot(books, books.dim() == 5)
 
 
 # --- programs that run -------------------------------------------------------------------------------------------------------

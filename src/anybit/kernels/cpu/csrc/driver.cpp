@@ -19,7 +19,8 @@ namespace {
 
 struct Level {
   const char* name;
-  const Variant* variant;
+  const Variant* grids;
+  const Variant* books;
   bool (*runs_here)();
 };
 
@@ -40,20 +41,27 @@ bool has_avx512vbmi() {
 
 // Slowest first. A variant the compiler could not build is not in the list.
 const Level LEVELS[] = {
-    {"scalar", &anybit_variant_scalar, always},
+    {"scalar", &anybit_variant_scalar, &anybit_books_scalar, always},
+#ifdef ANYBIT_WITH_NEON
+    {"neon", &anybit_variant_neon, &anybit_books_neon, always},
+#endif
 #ifdef ANYBIT_WITH_AVX2
-    {"avx2", &anybit_variant_avx2, has_avx2},
+    {"avx2", &anybit_variant_avx2, &anybit_books_avx2, has_avx2},
 #endif
 #ifdef ANYBIT_WITH_AVX512
-    {"avx512", &anybit_variant_avx512, has_avx512},
+    {"avx512", &anybit_variant_avx512, &anybit_books_avx512, has_avx512},
 #endif
 #ifdef ANYBIT_WITH_AVX512VBMI
-    {"avx512vbmi", &anybit_variant_avx512vbmi, has_avx512vbmi},
+    {"avx512vbmi", &anybit_variant_avx512vbmi, &anybit_books_avx512vbmi, has_avx512vbmi},
 #endif
 };
 const int LEVEL_COUNT = sizeof LEVELS / sizeof LEVELS[0];
 
-const Variant* current = &anybit_variant_scalar;
+const Level* current = LEVELS;
+
+const Variant* variant_of(const anybit_shape* shape) {
+  return shape->levels == ANYBIT_VECTORS ? current->books : current->grids;
+}
 
 // Scratch of the calling thread; grows, and is given back when the thread ends.
 struct Scratch {
@@ -148,7 +156,7 @@ const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not wor
 }  // namespace
 
 // Changes whenever grid.h or a signature below does; native.py refuses a library of another number.
-EXPORT int64_t anybit_abi(void) { return 3; }
+EXPORT int64_t anybit_abi(void) { return 5; }
 
 // Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
 EXPORT int64_t anybit_levels(const char** names, int64_t room) {
@@ -162,7 +170,7 @@ EXPORT int64_t anybit_levels(const char** names, int64_t room) {
 EXPORT int64_t anybit_use_level(const char* name) {
   for (int i = 0; i < LEVEL_COUNT; i++)
     if (strcmp(LEVELS[i].name, name) == 0 && LEVELS[i].runs_here()) {
-      current = LEVELS[i].variant;
+      current = &LEVELS[i];
       return 1;
     }
   return 0;
@@ -171,7 +179,7 @@ EXPORT int64_t anybit_use_level(const char* name) {
 // y = x @ W.T. Returns 0, or 1 when there is no memory for the scratch. From `many` rows of x on the weight is decoded once.
 EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
                              int64_t many, int64_t threads) {
-  Call call = {shape, tensors, product, current, {}, 0, {0}};
+  Call call = {shape, tensors, product, variant_of(shape), {}, 0, {0}};
   const int64_t inputs = product->n * shape->columns;
   if (product->n >= many) {
     int64_t words = 0;
@@ -194,7 +202,7 @@ EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* te
   if (!space) return 1;
   call.input = {space, space + values * product->n, values, sums};
   anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_inputs, &call);
-  anybit_parallel(shape->rows, 4, inputs * shape->rows < SMALL ? 1 : threads, multiply_rows, &call);
+  anybit_parallel(shape->rows, 4 * shape->high, inputs * shape->rows < SMALL ? 1 : threads, multiply_rows, &call);
   return 0;
 }
 
@@ -225,7 +233,7 @@ EXPORT int64_t anybit_linear_experts(const anybit_shape* shape, const anybit_ten
 // Rows of the weight in the order of the codes: `rows` [count] or, if null, first .. first + count.
 EXPORT void anybit_decode(const anybit_shape* shape, const anybit_tensors* tensors, const int64_t* rows, int64_t first,
                           int64_t count, void* out, int64_t out_kind, int64_t out_stride, int64_t threads) {
-  Decoding decoding = {shape, tensors, current, rows, first, static_cast<char*>(out), out_kind,
+  Decoding decoding = {shape, tensors, variant_of(shape), rows, first, static_cast<char*>(out), out_kind,
                        out_stride * (out_kind == ANYBIT_F32 ? 4 : 2)};
   anybit_parallel(count, 1, count * shape->columns < SMALL ? 1 : threads, decode_rows, &decoding);
 }

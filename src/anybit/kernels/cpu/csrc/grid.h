@@ -2,6 +2,10 @@
 //
 //   weight[r, c] = (levels[code[r, c]] - zero[r / zero.down, c / group]) * scale[...] + offset[...]
 //
+// A codebook: one code names a tile of `high` x `wide` weights in each of `books` tables,
+//
+//   weight[r, c] = (+-sum_k table[k][code[r / high, c / wide, k]][r % high][c % wide] - zero) * scale
+//
 // Codes are anybit's canonical packing: one little-endian bit stream per row, `row_bytes` apart. Nothing is re-laid out, so a
 // checkpoint's own bytes (or the page cache behind them) are multiplied as they are.
 #ifndef ANYBIT_GRID_H
@@ -28,6 +32,7 @@ enum anybit_levels {
   ANYBIT_TABLE = 2,     // table[code], float32 [2**bits]
   ANYBIT_E4M3 = 3,      // OCP FP8 without NaN codes
   ANYBIT_E5M2 = 4,
+  ANYBIT_VECTORS = 5,  // a code names a vector of a codebook
 };
 
 // One value per (row / down, group); width 1: the same for every group. Inverted: divide by it (scales only).
@@ -46,19 +51,24 @@ struct anybit_nested {
   const void* offset;
 };
 
+// What is behind `compute` is about codebooks alone. The K codes of a tile lie side by side; `table_kind`: anybit_float of the
+// tables [books, entries, high, wide]. Signs: none, a bit a weight (1), or seven bits for eight weights of a row and their
+// parity (7); rows of them are `sign_bytes` apart.
 struct anybit_shape {
   int64_t rows, columns, row_bytes, bits, levels, group, compute;
+  int64_t high, wide, books, entries, table_kind, sign_bits, sign_bytes;
   struct anybit_parameter scale, zero, offset;
 };
 
 // The tensors behind a shape. `permutation` (or null): column j of the codes meets input permutation[j]; -1 is no input.
 struct anybit_tensors {
   const uint8_t* codes;
-  const float* table;
+  const float* table;  // of a codebook: numbers of its `table_kind`
   const void* scale;
   const void* zero;
   const void* offset;
   const int32_t* permutation;
+  const uint8_t* signs;
   struct anybit_nested nested[3];  // of scale, zero, offset
 };
 

@@ -1,4 +1,4 @@
-// Products with many rows of x: 2 * LANES rows of the weight are decoded, packed column by column and multiplied while they
+// Rows of a weight decoded, and products with many rows of x, whatever the variant's `weights_of` reads: 2 * LANES rows of the weight are decoded, packed column by column and multiplied while they
 // are in the second cache level; the dense weight never exists. One parallel region for the whole product.
 //
 //   packed  [column][2 * LANES rows]           float32, or pairs of columns in bfloat16 for a bfloat16 x
@@ -7,6 +7,21 @@
 #define ANYBIT_GRID_BLOCKS_H
 
 namespace {
+
+static void decode(const anybit_shape* s, const anybit_tensors* t, int64_t row, void* out, int64_t kind) {
+  const Levels levels = read_levels(s, t);
+  alignas(64) float some[BLOCK];
+  for (int64_t start = 0; start < s->columns; start += BLOCK) {
+    const int64_t stop = least(start + BLOCK, s->columns);
+    weights_of(s, t, levels, row, start, stop, some);
+    int64_t i = 0;
+    if (kind == ANYBIT_BF16)
+      for (; i + LANES <= stop - start; i += LANES) f_store_bf16((uint16_t*)out + start + i, f_load(some + i));
+    if (kind == ANYBIT_F32)
+      for (; i + LANES <= stop - start; i += LANES) f_store((float*)out + start + i, f_load(some + i));
+    for (; i < stop - start; i++) write_float(out, kind, start + i, some[i]);
+  }
+}
 
 static constexpr int64_t TALL = 2 * LANES, DEPTH = BLOCK;  // rows and columns packed at a time
 static constexpr int MANY = LANES == 16 ? 12 : VECTORS ? 6 : 4;
@@ -93,7 +108,8 @@ static void multiply_blocks(const anybit_shape* s, const anybit_tensors* t, cons
   const int64_t stride = in->value_stride;
   for (int64_t start = 0; start < s->columns; start += DEPTH) {
     const int64_t stop = least(start + DEPTH, s->columns);
-    pack_rows<T>(s, t, levels, row, start, stop, natural, packed);
+    if (!pack_directly<T::PER_WORD>(s, t, row, start, stop, TALL, packed))
+      pack_rows<T>(s, t, levels, row, start, stop, natural, packed);
     const int64_t words = ceil_div(stop - start, T::PER_WORD);
     const uint32_t* own = x + start / T::PER_WORD;
     int64_t n = 0;

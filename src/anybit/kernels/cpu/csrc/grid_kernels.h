@@ -20,58 +20,18 @@
 #ifndef ANYBIT_GRID_KERNELS_H
 #define ANYBIT_GRID_KERNELS_H
 
-#if defined(__GNUC__) || defined(__clang__)
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
-// Small loops over registers: an array that is indexed by a variable would live in memory.
-#if defined(__clang__)
-#define UNROLLED _Pragma("unroll")
-#define UNROLLED16 _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 8")
-#define UNROLLED16 _Pragma("GCC unroll 16")
-#endif
-#else
-#define ALWAYS_INLINE inline
-#define NOINLINE
-#define UNROLLED
-#define UNROLLED16
-#endif
-
-// Unnamed: the same names in another variant are other code, and the linker must never take one for the other.
-namespace {
-
-// A hint: the next rows of the weight, which begin another page. The address need not be readable.
-static ALWAYS_INLINE void prefetch(const uint8_t* p) {
-#if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(p, 0, 2);  // the second cache level: rows are often a page apart and would fight for one set of the first
-#else
-  (void)p;
-#endif
-}
-
-static constexpr int CHUNK = 8 * LANES;
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
-
-#include "grid_parameters.h"
+#include "grid_levels.h"
 
 namespace {
-
-static inline bool wide_group(const anybit_shape* s, int64_t unit) {
-  return s->group % unit == 0 || s->group >= s->columns;
-}
-static inline float centre(const anybit_shape* s) {
-  return s->levels == ANYBIT_UNSIGNED ? (float)(1 << (s->bits - 1)) : 0.0f;
-}
 
 // How a product is done.
-enum Way { EXACTLY, SUMS, FLOATS, PAIRS, WIDE_PAIRS, BYTES };
+enum Way { EXACTLY, SUMS, FLOATS, PAIRS, WIDE_PAIRS, BYTES, TABLES };
 
 static inline Way way_of(const anybit_shape* s, const anybit_product* p) {
+#ifdef ANYBIT_DOTS
+  const bool tables = s->compute == ANYBIT_BF16 && p->x_kind == ANYBIT_BF16 && s->bits == 4 && !s->scale.inverted;
+  if (tables && wide_group(s, 64)) return TABLES;
+#endif
   if (s->compute != ANYBIT_F32) return EXACTLY;
   const bool integers = s->levels == ANYBIT_UNSIGNED || s->levels == ANYBIT_SIGNED;
   if (p->fast && (integers || (s->levels == ANYBIT_TABLE && s->bits == 4))) return BYTES;
@@ -84,266 +44,6 @@ static inline Way way_of(const anybit_shape* s, const anybit_product* p) {
   return s->levels != ANYBIT_TABLE && wide_group(s, LANES) ? SUMS : EXACTLY;
 }
 
-// --- levels in natural order ----------------------------------------------------------------------------------------------
-
-enum Source { BYTES_SIGNED = 8, BYTES_UNSIGNED = 9, BYTES_E4M3 = 10, BYTES_E5M2 = 11, TABLE_5 = 12, TABLE_6 = 13,
-              TABLE_7 = 14, TABLE_8 = 15 };  // 1 .. 7: integers and small tables of that width
-
-struct Levels {
-  Lut lut;             // up to 4 bits: the numbers, repeated so that bits above the code do not matter
-  const float* table;  // 5 .. 8 bits with a table
-  bool is_signed;
-  alignas(64) float numbers[16];  // what is in `lut`
-  uint16_t halves[32];            // the same as bfloat16, twice
-  uint8_t bytes[16];              // the same over `unit`, plus `lift`
-  float unit, lift;
-};
-
-template <int SOURCE> static constexpr int bits_of_source() {
-  return SOURCE < 8 ? SOURCE : SOURCE < 12 ? 8 : SOURCE - 7;
-}
-
-// Numbers of LANES codes from the byte p on; unsigned codes are centred.
-template <int SOURCE> static inline F levels_at(const Levels& levels, const uint8_t* p) {
-  constexpr int BITS = bits_of_source<SOURCE>();
-  constexpr uint32_t MASK = (1u << BITS) - 1, HALF = 1u << (BITS - 1);
-  uint32_t mask[LANES];
-  if constexpr (SOURCE <= 4) return lut_take(levels.lut, codes_load<BITS>(p));
-  if constexpr (SOURCE == BYTES_SIGNED) return f_load_i8(p);
-  if constexpr (SOURCE == BYTES_UNSIGNED) return f_sub(f_load_u8(p), f_set(128.0f));
-  if constexpr (SOURCE == BYTES_E4M3) return f_load_e4m3(p);
-  if constexpr (SOURCE == BYTES_E5M2) return f_load_e5m2(p);
-  for (int i = 0; i < LANES; i++) mask[i] = MASK;
-  I codes = i_and(codes_load<BITS>(p), i_load(mask));
-  if constexpr (SOURCE >= TABLE_5) return f_gather(levels.table, codes);
-  // two's complement: flipping the top bit turns a signed code into the centred unsigned one
-  if (levels.is_signed) codes = i_xor(codes, HALF);
-  return f_sub(f_of_integers(codes), f_set((float)HALF));
-}
-
-static inline int source_of(const anybit_shape* s) {
-  if (s->levels == ANYBIT_E4M3) return BYTES_E4M3;
-  if (s->levels == ANYBIT_E5M2) return BYTES_E5M2;
-  if (s->bits <= 4) return (int)s->bits;
-  if (s->levels == ANYBIT_TABLE) return (int)s->bits + 7;
-  if (s->bits < 8) return (int)s->bits;
-  return s->levels == ANYBIT_SIGNED ? BYTES_SIGNED : BYTES_UNSIGNED;
-}
-
-// A table in steps of `unit`: exactly if its numbers are small multiples of one (E2M1, IQ4_NL), else rounded to 8 bits.
-static inline void bytes_of_table(Levels* levels) {
-  float largest = 0, smallest = 0;
-  for (int i = 0; i < 16; i++) {
-    const float size = levels->numbers[i] < 0 ? -levels->numbers[i] : levels->numbers[i];
-    if (size > largest) largest = size;
-    if (size > 0 && (smallest == 0 || size < smallest)) smallest = size;
-  }
-  bool multiples = largest > 0 && largest <= 127 * smallest;
-  for (int i = 0; i < 16 && multiples; i++) {
-    const float steps = levels->numbers[i] / smallest;
-    multiples = steps == (float)(int)steps;
-  }
-  levels->unit = multiples ? smallest : largest > 0 ? largest / 127.0f : 1.0f;
-  int bytes[16], lowest = 0;
-  for (int i = 0; i < 16; i++) {
-    const float steps = levels->numbers[i] / levels->unit;
-    bytes[i] = steps >= -127 && steps <= 127 ? (int)(steps + (steps < 0 ? -0.5f : 0.5f)) : 0;  // else no number
-    lowest = bytes[i] < lowest ? bytes[i] : lowest;
-  }
-  for (int i = 0; i < 16; i++) levels->bytes[i] = (uint8_t)(bytes[i] - lowest);
-  levels->lift = (float)-lowest;
-}
-
-static inline Levels read_levels(const anybit_shape* s, const anybit_tensors* t) {
-  Levels found = {{}, t->table, s->levels == ANYBIT_SIGNED, {0}, {0}, {0}, 1.0f, 0.0f};
-  float* numbers = found.numbers;
-  if (s->bits <= 4) {
-    int count = 1 << s->bits, half = count / 2;
-    for (int code = 0; code < 16; code++) {
-      int own = code % count;
-      numbers[code] = s->levels == ANYBIT_TABLE    ? t->table[own]
-                      : s->levels == ANYBIT_SIGNED ? (float)(own < half ? own : own - count)
-                                                   : (float)(own - half);
-    }
-  }
-  found.lut = lut_load(numbers);
-  for (int i = 0; i < 32; i++) found.halves[i] = bf16_of_float(numbers[i % 16]);
-  if (s->levels == ANYBIT_TABLE && s->bits == 4) bytes_of_table(&found);
-  return found;
-}
-
-// Bytes of a row from `column` on, at least 16 readable ones; copied to `spare` at the end of the tensor.
-static inline const uint8_t* readable(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t column,
-                                      uint8_t* spare) {
-  const uint8_t* p = t->codes + row * s->row_bytes + column * s->bits / 8;
-  const uint8_t* end = t->codes + s->rows * s->row_bytes;
-  if (p + 16 <= end) return p;
-  memset(spare, 0, 16);
-  memcpy(spare, p, (size_t)(end - p));
-  return spare;
-}
-
-// --- weights in natural order ---------------------------------------------------------------------------------------------------
-
-static constexpr int64_t BLOCK = 1024;  // columns made at a time, small enough to stay in the first cache level
-
-// `bytes` (at most 16) of a row from `column` on; zeros beyond the end of the row.
-static NOINLINE void copy_codes(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t column, int64_t bytes,
-                                uint8_t* spare) {
-  const int64_t at = column * s->bits / 8;
-  memset(spare, 0, 16);
-  memcpy(spare, t->codes + row * s->row_bytes + at, (size_t)least(bytes, s->row_bytes - at));
-}
-
-template <int ROUND> static inline F rounded(F a) {
-  if constexpr (ROUND == ANYBIT_BF16) return f_round_bf16(a);
-  if constexpr (ROUND == ANYBIT_F16) return f_round_f16(a);
-  return a;
-}
-
-struct RowParameters { Parameter zero, scale, offset; };
-
-static inline RowParameters row_parameters(const anybit_shape* s, const anybit_tensors* t, int64_t row) {
-  return {parameter_at(&s->zero, t->zero, &t->nested[1], row, s->rows), parameter_at(&s->scale, t->scale, &t->nested[0], row, s->rows),
-          parameter_at(&s->offset, t->offset, &t->nested[2], row, s->rows)};
-}
-
-// Parameters of the groups of up to BLOCK columns, rounded as the format's arithmetic takes them.
-struct BlockParameters {
-  bool has_zero, has_scale, has_offset, divides;
-  int64_t first;
-  float zero[BLOCK / 8 + 4 * LANES], scale[BLOCK / 8 + 4 * LANES], offset[BLOCK / 8 + 4 * LANES];
-};
-
-template <int ROUND>
-static void read_block(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop,
-                       BlockParameters* q) {
-  const RowParameters own = row_parameters(s, t, row);
-  q->has_zero = s->zero.kind != ANYBIT_ABSENT, q->has_scale = s->scale.kind != ANYBIT_ABSENT;
-  q->has_offset = s->offset.kind != ANYBIT_ABSENT, q->divides = s->scale.inverted != 0;
-  q->first = s->group >= s->columns ? 0 : start / s->group;
-  const int64_t count = s->group >= s->columns ? 1 : (stop - 1) / s->group + 1 - q->first;
-  if (q->has_zero) run_of(own.zero, q->first, count, q->zero);
-  if (q->has_scale) run_of(own.scale, q->first, count, q->scale);
-  if (q->has_offset) run_of(own.offset, q->first, count, q->offset);
-  if (ROUND == ANYBIT_F32) return;
-  for (int64_t i = 0; i < count; i += LANES) {
-    if (q->has_zero) f_store(q->zero + i, rounded<ROUND>(f_load(q->zero + i)));
-    if (q->has_scale) f_store(q->scale + i, rounded<ROUND>(f_load(q->scale + i)));
-    if (q->has_offset) f_store(q->offset + i, rounded<ROUND>(f_load(q->offset + i)));
-  }
-}
-
-// Each operation of the format in its order, rounded as it says.
-template <int ROUND>
-static ALWAYS_INLINE F weigh(const BlockParameters& q, F level, F middle, F zero, F scale, F offset) {
-  F w = rounded<ROUND>(f_add(level, middle));
-  if (q.has_zero) w = rounded<ROUND>(f_sub(w, zero));
-  if (q.has_scale) w = rounded<ROUND>(q.divides ? f_div(w, scale) : f_mul(w, scale));
-  if (q.has_offset) w = rounded<ROUND>(f_add(w, offset));
-  return w;
-}
-
-// Centred levels of columns start .. stop of a row; `start` is a multiple of LANES. Lanes beyond `stop` hold anything.
-template <int SOURCE>
-static void level_block(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
-                        int64_t stop, float* out) {
-  uint8_t spare[16];
-  for (int64_t column = start; column < stop; column += LANES)
-    f_store(out + column - start, levels_at<SOURCE>(levels, readable(s, t, row, column, spare)));
-}
-
-// Levels -> weights, in place.
-template <int ROUND>
-static void weigh_block(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop,
-                        float* numbers) {
-  BlockParameters q;
-  read_block<ROUND>(s, t, row, start, stop, &q);
-  const F middle = f_set(centre(s));
-  if (wide_group(s, LANES)) {
-    for (int64_t column = start; column < stop;) {
-      const int64_t group = s->group >= s->columns ? 0 : column / s->group, g = group - q.first;
-      const int64_t end = s->group >= s->columns ? stop : least(stop, (group + 1) * s->group);
-      const F zero = f_set(q.zero[g]), scale = f_set(q.scale[g]), offset = f_set(q.offset[g]);
-      for (; column < end; column += LANES) {
-        float* own = numbers + column - start;
-        f_store(own, weigh<ROUND>(q, f_load(own), middle, zero, scale, offset));
-      }
-    }
-    return;
-  }
-  uint32_t distance[LANES];
-  for (int64_t column = start; column < stop; column += LANES) {  // each lane its own group
-    const int64_t first = column / s->group;
-    for (int64_t i = 0; i < LANES; i++) distance[i] = (uint32_t)(least(column + i, s->columns - 1) / s->group - first);
-    const I index = i_load(distance);
-    const int64_t g = first - q.first;
-    float* own = numbers + column - start;
-    f_store(own, weigh<ROUND>(q, f_load(own), middle, f_permute(f_load(q.zero + g), index),
-                              f_permute(f_load(q.scale + g), index), f_permute(f_load(q.offset + g), index)));
-  }
-}
-
-// Up to 4 bits, groups of whole vectors: a group has few different weights, so they are worked out once and looked up.
-template <int BITS, int ROUND>
-static void table_block(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
-                        int64_t stop, float* out) {
-  BlockParameters q;
-  read_block<ROUND>(s, t, row, start, stop, &q);
-  const F middle = f_set(centre(s));
-  uint8_t spare[16];
-  for (int64_t g = 0; start < stop; g++) {
-    const int64_t end = s->group >= s->columns ? stop : least(stop, (q.first + g + 1) * s->group);
-    float numbers[16];
-    for (int i = 0; i < 16; i += LANES)
-      f_store(numbers + i, weigh<ROUND>(q, f_load(levels.numbers + i), middle, f_set(q.zero[g]), f_set(q.scale[g]),
-                                        f_set(q.offset[g])));
-    const Lut lut = lut_load(numbers);
-    for (; start < end; start += LANES, out += LANES)
-      f_store(out, lut_take(lut, codes_load<BITS>(readable(s, t, row, start, spare))));
-  }
-}
-
-typedef void (*LevelBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, float*);
-typedef void (*WeighBlock)(const anybit_shape*, const anybit_tensors*, int64_t, int64_t, int64_t, float*);
-static const LevelBlock LEVEL_BLOCKS[16] = {
-    nullptr,          level_block<1>,  level_block<2>,  level_block<3>,  level_block<4>,  level_block<5>,
-    level_block<6>,   level_block<7>,  level_block<8>,  level_block<9>,  level_block<10>, level_block<11>,
-    level_block<12>,  level_block<13>, level_block<14>, level_block<15>};
-template <int BITS> struct TableBlocks {
-  static constexpr LevelBlock by_rounding[3] = {table_block<BITS, 0>, table_block<BITS, 1>, table_block<BITS, 2>};
-};
-static const LevelBlock* const TABLE_BLOCKS[5] = {nullptr, TableBlocks<1>::by_rounding, TableBlocks<2>::by_rounding,
-                                                  TableBlocks<3>::by_rounding, TableBlocks<4>::by_rounding};
-static const WeighBlock WEIGH_BLOCKS[3] = {weigh_block<0>, weigh_block<1>, weigh_block<2>};
-
-// Weights of columns start .. stop, `out` with room for BLOCK floats; zeros up to the next multiple of LANES.
-static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
-                       int64_t stop, float* out) {
-  if (s->bits <= 4 && wide_group(s, LANES)) {
-    TABLE_BLOCKS[s->bits][s->compute](s, t, levels, row, start, stop, out);
-  } else {
-    LEVEL_BLOCKS[source_of(s)](s, t, levels, row, start, stop, out);
-    WEIGH_BLOCKS[s->compute](s, t, row, start, stop, out);
-  }
-  for (int64_t i = stop - start; i % LANES; i++) out[i] = 0;  // what was there may not even be a number
-}
-
-static void decode(const anybit_shape* s, const anybit_tensors* t, int64_t row, void* out, int64_t kind) {
-  const Levels levels = read_levels(s, t);
-  alignas(64) float some[BLOCK];
-  for (int64_t start = 0; start < s->columns; start += BLOCK) {
-    const int64_t stop = least(start + BLOCK, s->columns);
-    weights_of(s, t, levels, row, start, stop, some);
-    int64_t i = 0;
-    if (kind == ANYBIT_BF16)
-      for (; i + LANES <= stop - start; i += LANES) f_store_bf16((uint16_t*)out + start + i, f_load(some + i));
-    if (kind == ANYBIT_F32)
-      for (; i + LANES <= stop - start; i += LANES) f_store((float*)out + start + i, f_load(some + i));
-    for (; i < stop - start; i++) write_float(out, kind, start + i, some[i]);
-  }
-}
-
 // --- products ---------------------------------------------------------------------------------------------------------------
 
 struct Product {
@@ -353,13 +53,6 @@ struct Product {
   const Input* in;
   Levels levels;
 };
-
-static inline void put(const anybit_product* p, int64_t n, int64_t row, float value) {
-  if (p->bias) value += read_float(p->bias, p->bias_kind, row);
-  int64_t at = n * p->y_row + row;
-  if (p->accumulate) ((float*)p->y)[at] += value;
-  else write_float(p->y, p->y_kind, at, value);
-}
 
 // The weights of one row, made a block at a time, and B rows of x.
 template <int B> static void product_exact(const Product& q, int64_t row, int64_t n) {
@@ -376,63 +69,6 @@ template <int B> static void product_exact(const Product& q, int64_t row, int64_
     }
   }
   UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row, f_sum(total[b]));
-}
-
-// What R rows of a run of groups are multiplied with: scales of the levels, and `shift` of the sums of x.
-template <int R> struct Runs {
-  alignas(64) float scale[R][RUN + 4 * LANES], shift[R][RUN + 4 * LANES];
-};
-
-// A policy's levels are `lift` above the centred ones, in steps of `unit`.
-struct Unit { float lift, unit; };
-
-static inline bool needs_sums(const anybit_shape* s, Unit own) {
-  return s->zero.kind != ANYBIT_ABSENT || s->offset.kind != ANYBIT_ABSENT || centre(s) != own.lift * own.unit;
-}
-
-template <int R>
-static NOINLINE void read_runs(const anybit_shape* s, const anybit_tensors* t, Unit own, int64_t row, int64_t first,
-                               int64_t count, Runs<R>* runs) {
-  const F middle = f_set(centre(s) - own.lift * own.unit), one = f_set(1.0f), unit = f_set(own.unit);
-  const bool sums = needs_sums(s, own);
-  float some[RUN + 4 * LANES];
-  for (int r = 0; r < R; r++) {
-    const RowParameters q = row_parameters(s, t, row + r);
-    float *scale = runs->scale[r], *shift = runs->shift[r];
-    if (s->scale.kind != ANYBIT_ABSENT) run_of(q.scale, first, count, scale);
-    else
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, one);
-    if (s->scale.inverted)
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, f_div(one, f_load(scale + i)));
-    if (sums) {
-      if (s->zero.kind != ANYBIT_ABSENT) {
-        run_of(q.zero, first, count, some);
-        for (int64_t i = 0; i < count; i += LANES)
-          f_store(shift + i, f_mul(f_sub(middle, f_load(some + i)), f_load(scale + i)));
-      } else {
-        for (int64_t i = 0; i < count; i += LANES) f_store(shift + i, f_mul(middle, f_load(scale + i)));
-      }
-      if (s->offset.kind != ANYBIT_ABSENT) {
-        run_of(q.offset, first, count, some);
-        for (int64_t i = 0; i < count; i += LANES) f_store(shift + i, f_add(f_load(shift + i), f_load(some + i)));
-      }
-      f_store(shift + count, f_zero());
-    }
-    if (own.unit != 1.0f)
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, f_mul(f_load(scale + i), unit));
-  }
-}
-
-// total += shift * sum of x, for groups first .. count of a run. Shifts are zero beyond its end.
-template <int R, int B>
-static ALWAYS_INLINE void add_sums(const Runs<R>& runs, int64_t first, int64_t count, const float* sum, int64_t stride,
-                                   F (*total)[B]) {
-  for (int64_t i = first; i < count; i += LANES) {
-    UNROLLED for (int r = 0; r < R; r++) {
-      const F shift = f_load(runs.shift[r] + i);
-      UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(shift, f_load(sum + b * stride + i), total[r][b]);
-    }
-  }
 }
 
 // float32, groups of whole vectors: sum_g scale_g * (sum levels * x) + shift_g * sum x.
@@ -570,6 +206,53 @@ template <int WIDTH> struct ByPairs {
   }
 };
 
+// Four bits in the format's own bfloat16 arithmetic (MLX): a group has sixteen weights, which bfloat16 holds; they are worked
+// out once and looked up. x as for ByPairs, whose chunk is two halves of 64 columns here.
+template <int R, int B> static void product_tables(const Product& q, int64_t row, int64_t n) {
+  const anybit_shape* s = q.s;
+  const bool one_group = s->group >= s->columns;
+  const F middle = f_set(centre(s)), numbers = f_load(q.levels.numbers);
+  const char* x = (const char*)(q.in->values + n * q.in->value_stride);
+  const int64_t stride = q.in->value_stride * sizeof(float);
+  const uint8_t* codes = q.t->codes + row * s->row_bytes;
+  __m256 acc[R][B][2];
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int b = 0; b < B; b++) acc[r][b][0] = acc[r][b][1] = _mm256_setzero_ps();
+  BlockParameters own[R];
+  __m256i table[R];
+  UNROLLED for (int r = 0; r < R; r++) table[r] = _mm256_setzero_si256();
+  for (int64_t start = 0; start < s->columns; start += BLOCK) {
+    const int64_t stop = least(start + BLOCK, s->columns);
+    for (int r = 0; r < R; r++) read_block<ANYBIT_BF16>(s, q.t, row + r, start, stop, &own[r]);
+    int64_t group = -1;
+    for (int64_t column = start; column < stop; column += 64) {
+      const int64_t g = one_group ? 0 : column / s->group - own[0].first, left = s->row_bytes - column / 2;
+      const uint8_t* p = codes + column / 2;
+      const char* halves = x + column / CHUNK * (2 * CHUNK) + column / 64 % 2 * 32;
+      UNROLLED for (int r = 0; r < R; r++) {
+        if (g != group) {
+          const F weights = weigh<ANYBIT_BF16>(own[r], numbers, middle, f_set(own[r].zero[g]), f_set(own[r].scale[g]),
+                                               f_set(own[r].offset[g]));
+          table[r] = (__m256i)_mm512_cvtneps_pbh(weights);
+        }
+        prefetch(p + (r + R) * s->row_bytes);
+        const __m256i raw = left >= 32 ? _mm256_loadu_si256((const __m256i*)(p + r * s->row_bytes))
+                                       : _mm256_maskz_loadu_epi8((1u << left) - 1, p + r * s->row_bytes);
+        UNROLLED for (int k = 0; k < 4; k++) {
+          const __m256i level = _mm256_permutexvar_epi16(_mm256_srli_epi16(raw, 4 * k), table[r]);
+          UNROLLED for (int b = 0; b < B; b++)
+            acc[r][b][k % 2] = _mm256_dpbf16_ps(acc[r][b][k % 2], (__m256bh)level,
+                                                (__m256bh)_mm256_loadu_si256((const __m256i*)(halves + b * stride + 64 * k)));
+        }
+      }
+      group = g;
+    }
+  }
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int b = 0; b < B; b++)
+      put(q.p, n + b, row + r, f_sum(_mm512_insertf32x8(_mm512_castps256_ps512(acc[r][b][0]), acc[r][b][1], 1)));
+}
+
 // 5 to 7 bits: below the seven bits of 128 + code, which bfloat16 holds exactly, lies the code itself.
 //
 //   lane (32 bits)   code 3, code 2, code 1, code 0, a byte each     x: pairs (x[0], x[2]), ..., then (x[1], x[3]), ...
@@ -606,8 +289,6 @@ template <int WIDTH> struct ByWidePairs {
 //   up to 4 bits   the even columns of a chunk, then the odd ones
 //   values         floats [padded], what is left of x (for the sums); bytes [padded]; scales, a float for every lane of a chunk
 static constexpr int64_t BYTE_BLOCK = 32;
-
-static int64_t padded_columns(const anybit_shape* s) { return ceil_div(s->columns, CHUNK) * CHUNK; }
 
 template <int WIDTH, bool TABLE> struct ByBytes {
   static constexpr int BITS = WIDTH;
@@ -760,6 +441,9 @@ static const Tiles* const BY_PAIRS[8] = {
     &Lanes<ByPairs<1>>::tiles,     &Lanes<ByPairs<2>>::tiles,     &Lanes<ByPairs<3>>::tiles,    &Lanes<ByPairs<4>>::tiles,
     &Lanes<ByWidePairs<5>>::tiles, &Lanes<ByWidePairs<6>>::tiles, &Lanes<ByWidePairs<7>>::tiles};
 #endif
+#ifdef ANYBIT_DOTS
+static const Tiles BY_TABLES = {product_tables<4, 1>, product_tables<1, 1>, product_tables<2, 4>, nullptr};
+#endif
 static const Tiles* const BY_BYTES[9] = {
     nullptr,
     &Lanes<ByBytes<1, false>>::tiles, &Lanes<ByBytes<2, false>>::tiles, &Lanes<ByBytes<3, false>>::tiles,
@@ -772,6 +456,7 @@ static const Tiles& tiles_of(const anybit_shape* s, const anybit_product* p) {
     case BYTES: return table ? Lanes<ByBytes<4, true>>::tiles : *BY_BYTES[s->bits];
     case FLOATS: return *BY_FLOATS[s->bits];
 #ifdef ANYBIT_DOTS
+    case TABLES: return BY_TABLES;
     case PAIRS:
     case WIDE_PAIRS: return *BY_PAIRS[s->bits];
 #endif
@@ -804,44 +489,13 @@ static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybi
 
 // Sums a row of x has: one for each group, filled up with zeros.
 static int64_t sum_count(const anybit_shape* s, Way way) {
-  return way == EXACTLY ? 0 : (ceil_div(ceil_div(s->columns, s->group), LANES) + 1) * LANES;
+  return way == EXACTLY || way == TABLES ? 0 : (ceil_div(ceil_div(s->columns, s->group), LANES) + 1) * LANES;
 }
 
 static void sizes(const anybit_shape* s, const anybit_tensors*, const anybit_product* p, int64_t* values, int64_t* sums) {
   const Way way = way_of(s, p);
   *values = padded_columns(s) * (way == BYTES ? 6 : 4) / 4;
   *sums = sum_count(s, way);
-}
-
-static void read_row(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values) {
-  int64_t start = n * p->x_row, done = 0;
-  if (t->permutation) {
-    for (; done < s->columns; done++) {
-      int64_t from = t->permutation[done];
-      values[done] = from < 0 ? 0.0f : read_float(p->x, p->x_kind, start + from * p->x_column);
-    }
-  } else if (p->x_column == 1) {
-    for (; done + LANES <= s->columns; done += LANES) {
-      F some = p->x_kind == ANYBIT_F32    ? f_load((const float*)p->x + start + done)
-               : p->x_kind == ANYBIT_BF16 ? f_load_bf16((const uint16_t*)p->x + start + done)
-                                          : f_load_f16((const uint16_t*)p->x + start + done);
-      f_store(values + done, some);
-    }
-  }
-  for (; done < s->columns; done++) values[done] = read_float(p->x, p->x_kind, start + done * p->x_column);
-  memset(values + s->columns, 0, (size_t)(padded_columns(s) - s->columns) * sizeof(float));
-}
-
-static void sum_input(const anybit_shape* s, int64_t count, const float* values, float* sums) {
-  memset(sums, 0, (size_t)count * sizeof(float));
-  for (int64_t group = 0, start = 0; start < s->columns; group++, start += s->group) {
-    F sum = f_zero();
-    int64_t stop = least(start + s->group, s->columns), column = start;
-    for (; column + LANES <= stop; column += LANES) sum = f_add(sum, f_load(values + column));
-    float total = f_sum(sum);
-    for (; column < stop; column++) total += values[column];
-    sums[group] = total;
-  }
 }
 
 // Columns spread over the lanes of their chunk, in place: values[k][lane] = values[8 * lane + k]
@@ -911,7 +565,7 @@ static void take_input(const anybit_shape* s, const anybit_tensors* t, const any
   if (way == BYTES) round_to_bytes(s, values);
   if (int64_t count = sum_count(s, way)) sum_input(s, count, values, sums);
   if (way == FLOATS) spread_floats(padded_columns(s), values);
-  if (way == PAIRS) spread_pairs<8>(padded_columns(s), values);
+  if (way == PAIRS || way == TABLES) spread_pairs<8>(padded_columns(s), values);
   if (way == WIDE_PAIRS) spread_pairs<4>(padded_columns(s), values);
 }
 

@@ -53,8 +53,10 @@ static void numbers_run(int64_t kind, int64_t negated, const void* data, int64_t
 
 enum NestedKind { NESTED_INTEGER, NESTED_TABLE, NESTED_E4M3 };
 
-template <int BITS, int KIND> static ALWAYS_INLINE F nested_levels(bool is_signed, const float* table, const uint8_t* from) {
+template <int BITS, int KIND>
+static ALWAYS_INLINE F nested_levels(bool is_signed, const float* table, const Lut& lut, const uint8_t* from) {
   if constexpr (KIND == NESTED_E4M3) return f_load_e4m3(from);
+  if constexpr (KIND == NESTED_TABLE && BITS <= 4) return lut_take(lut, codes_load<BITS>(from));
   I codes;
   if constexpr (BITS == 8) codes = i_load_u8(from);
   else codes = i_and(codes_load<BITS>(from), i_set((1u << BITS) - 1));
@@ -68,6 +70,10 @@ template <int BITS, int KIND> static void nested_run(const Parameter& q, int64_t
   const uint8_t* codes = (const uint8_t*)q.data;
   const uint8_t* end = codes + (p->count * BITS + 7) / 8;
   const bool is_signed = p->levels == ANYBIT_SIGNED, has_offset = p->offset_kind != ANYBIT_ABSENT;
+  alignas(64) float numbers[16] = {0};  // a small table, again and again
+  if (KIND == NESTED_TABLE && BITS <= 4)
+    for (int i = 0; i < 16; i++) numbers[i] = q.nested->table[i % (1 << BITS)];
+  const Lut lut = lut_load(numbers);
   const F offset = f_set(has_offset ? read_number(p->offset_kind, 0, q.nested->offset, 0) : 0.0f);
   const int64_t start = q.row + first, stop = start + count;
   // vectors before this one may read 16 bytes where they are
@@ -80,7 +86,7 @@ template <int BITS, int KIND> static void nested_run(const Parameter& q, int64_t
       memcpy(spare, from, (size_t)(end - from));
       from = spare;
     }
-    F value = f_mul(nested_levels<BITS, KIND>(is_signed, q.nested->table, from), scale);
+    F value = f_mul(nested_levels<BITS, KIND>(is_signed, q.nested->table, lut, from), scale);
     f_store(out + at - start, has_offset ? f_add(value, offset) : value);
   };
   const int64_t group = p->group > p->count ? p->count : p->group, all = ceil_div(p->count, group);

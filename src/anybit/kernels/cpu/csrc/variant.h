@@ -32,8 +32,16 @@ struct Variant {
 };
 
 extern const Variant anybit_variant_scalar;
+extern const Variant anybit_variant_neon;
 extern const Variant anybit_variant_avx2;
 extern const Variant anybit_variant_avx512;
 extern const Variant anybit_variant_avx512vbmi;
+
+// The same for codebooks.
+extern const Variant anybit_books_scalar;
+extern const Variant anybit_books_neon;
+extern const Variant anybit_books_avx2;
+extern const Variant anybit_books_avx512;
+extern const Variant anybit_books_avx512vbmi;
 
 #endif

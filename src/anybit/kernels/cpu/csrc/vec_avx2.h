@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#define ANYBIT_EIGHT_X86  // vec_eight.h
+
 namespace {
 
 static constexpr int LANES = 8;

@@ -4,6 +4,9 @@
 
 #include <immintrin.h>
 
+#define ANYBIT_EIGHT_X86  // vec_eight.h
+#define ANYBIT_LANES_16
+
 namespace {
 
 static constexpr int LANES = 16;

@@ -1,0 +1,16 @@
+// Codebook products for the "neon" variant (64-bit Arm).
+#include <stdint.h>
+#include <string.h>
+
+#include "variant.h"
+//
+#include "numbers.h"
+#include "vec_neon.h"
+//
+#include "book_kernels.h"
+//
+#include "grid_blocks.h"
+
+extern const Variant anybit_books_neon = {"neon",       sizes,            take_input,    multiply,
+                                           decode,           block_sizes,      take_block_input, multiply_many,
+                                           TALL};
