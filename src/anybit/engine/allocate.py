@@ -25,7 +25,7 @@ from anybit.engine.memory import parse_size
 from anybit.engine.quantize import quantize
 from anybit.engine.recipe import DENSE, Calibration, Recipe, Setting
 from anybit.engine.sensitivity import LENGTH, SAMPLES, SEED, Progress, Sensitivity, sensitivity
-from anybit.errors import ConfigError, InvalidOption, MissingDependency
+from anybit.errors import ConfigError, InvalidOption, MissingDependency, did_you_mean
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.named import from_scheme, schemes
 
@@ -217,7 +217,9 @@ def _candidates(method: str | None, given: Sequence[str]) -> list[str]:
         names = [name for name, (cls, _) in known.items() if cls.method == wanted]
         if not names:
             able = sorted({cls.method for cls, _ in known.values()})
-            raise InvalidOption(f"the method {method!r} has no named schemes. Methods that have: {', '.join(able)}")
+            raise InvalidOption(
+                f"{wanted!r} has no named schemes{did_you_mean(wanted, able) or '.'} Methods that have: {', '.join(able)}"
+            )
     base = from_scheme(names[0])
     if type(base).per_module is QuantizationConfigMixin.per_module:
         base.per_module({})  # says which methods can
