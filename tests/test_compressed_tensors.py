@@ -16,7 +16,15 @@ from anybit.containers.info import TensorInfo
 from anybit.engine.dequantize import dequantize
 from anybit.engine.load import load, plan
 from anybit.engine.quantize import quantize
-from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
+from anybit.errors import (
+    CalibrationNeeded,
+    ConfigError,
+    CorruptFile,
+    InvalidOption,
+    MissingTensor,
+    NotRepresentable,
+    ShapeMismatch,
+)
 from anybit.methods._compressed_evidence import Stored
 from anybit.methods._compressed_inputs import quantized
 from anybit.methods._compressed_layouts import PackedLayout, read_words, write_words
@@ -759,7 +767,7 @@ def test_what_is_not_made_says_so():
         ({"kv_cache_scheme": {"type": "float", "observer": "mse"}}, "observer is 'mse'"),
     ):
         config = CompressedTensorsConfig(**{"config_groups": groups, **more})
-        with pytest.raises(InvalidOption, match=message):
+        with pytest.raises((InvalidOption, NotRepresentable), match=message):
             AutoHfQuantizer.from_config(config, pre_quantized=False).measurements(model)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anybit.errors import InvalidOption
+from anybit.errors import InvalidOption, NotRepresentable
 from anybit.quantizers.matching import SafePattern, compiled
 
 # name of the levels: (type, bits), as the configuration has them
@@ -229,7 +229,7 @@ WRITTEN_VERSION = "0.20.0"
 
 
 def check_made(config: Any, matcher: Matcher) -> None:
-    """InvalidOption for what is not made from dense weights, with or without calibration data."""
+    """InvalidOption or NotRepresentable for what is not made from dense weights, with or without calibration data."""
     maps = [name for name, scheme in matcher.schemes.items() if scheme.weights is not None and scheme.weights.widths]
     if maps:
         raise InvalidOption(
@@ -237,7 +237,7 @@ def check_made(config: Any, matcher: Matcher) -> None:
             "told by stored codes alone. To quantize, make one group for each number of bits, whose targets name its modules"
         )
     if (config.transform_config or {}).get("config_groups"):
-        raise InvalidOption(
+        raise NotRepresentable(
             "CompressedTensorsConfig: transform_config says how a checkpoint was rotated, and is written by what rotates it: "
             "quantize(..., rotate='r1+r2+r4') (--rotate). Leave it out"
         )
@@ -247,7 +247,7 @@ def check_made(config: Any, matcher: Matcher) -> None:
             "e.g. {'num_bits': 8, 'type': 'float'}"
         )
     if config.sparsity_config and config.sparsity_config.get("format") not in (None, "dense"):
-        raise InvalidOption(
+        raise NotRepresentable(
             f"CompressedTensorsConfig: sparsity_config asks for {config.sparsity_config['format']!r}, which compressed-tensors "
             "no longer writes or reads since 0.15; pruned weights are quantized like others. Leave it out"
         )
