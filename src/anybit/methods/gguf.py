@@ -58,6 +58,7 @@ class GgufConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
 
     method: ClassVar[str] = "gguf"
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "llama.cpp")
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
     optional: ClassVar[tuple[str, ...]] = ("mix", "block_type", "tensor_types", "imatrix", "modules_to_not_convert")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"gguf-{name.lower()}": {"mix": name} for name in MIXES}
