@@ -156,7 +156,7 @@ def test_a_dense_model_becomes_blocks(tmp_path: Path) -> None:
     assert stored["model.layers.0.mlp.up_proj.q8_0"].shape == (128, 2 * 34)
     assert stored["model.embed_tokens.weight"].dtype == torch.float32
     with pytest.raises(ConfigError, match="block_type"):
-        GgufConfig(block_type="IQ1_S")
+        GgufConfig(block_type="Q8_K")
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------------

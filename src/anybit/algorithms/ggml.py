@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybit.algorithms._ggml_points import POINTS
 from anybit.algorithms.ggml_search import KINDS as SEARCHED
 from anybit.algorithms.ggml_search import WEIGHTED, Fields
 from anybit.errors import InvalidOption, NotRepresentable, did_you_mean
@@ -113,6 +114,14 @@ def _slots(target: Weight) -> dict[str, Any]:
             if isinstance(tree.offset, nodes.Values):
                 found["m"] = found.pop("dmin")
             return found
+        case nodes.Grid(
+            codes=nodes.Codebook(codes=nodes.Codes() as points), zero=nodes.Grid(codes=nodes.Codes() as shift)
+        ):
+            return {"q": points, "shift": shift, **_scale(tree.scale, "d", "sc")}
+        case nodes.Codebook(codes=nodes.Codes(), signs=signs):
+            found = {"q": tree.codes, **_scale(tree.scale, "d", "sc")}
+            signs = signs.codes if isinstance(signs, nodes.Codebook) else signs
+            return found if signs is None else {**found, "signs": signs}
     raise NotRepresentable(f"this {type(tree).__name__} is no tree of a block type that can be made")
 
 
@@ -137,13 +146,15 @@ def _filled(tree: Any, slots: dict[str, Any], made: dict[str, Tensor], columns: 
             return replace(node, **{"packed" if isinstance(node, nodes.Codes) else "tensor": made[name]})
         match node:
             case nodes.Grid():
-                return replace(node, codes=fill(node.codes), scale=fill(node.scale), offset=fill(node.offset))
+                parts = {name: fill(getattr(node, name)) for name in ("codes", "scale", "zero", "offset")}
+                return replace(node, **parts)
             case nodes.Permute():
                 return replace(node, child=fill(node.child), index=digit_places(columns).to(made["d"].device))
             case nodes.Columns():
                 return replace(node, parts=tuple(fill(part) for part in node.parts))
             case nodes.Codebook():
-                return replace(node, codes=fill(node.codes))
+                parts = {name: fill(getattr(node, name)) for name in ("codes", "scale", "signs")}
+                return replace(node, **parts)
         return node
 
     return fill(tree)
@@ -232,14 +243,54 @@ def _tq1_0(rows: Tensor, importance: Tensor | None) -> Fields:
 
 def _mxfp4(rows: Tensor, importance: Tensor | None) -> Fields:
     blocks = _blocks(rows, 32)
+    largest = _largest_finite(blocks)
+    exponent = torch.where(largest > 0, largest.log2().floor() + 125, 0.0).clamp(0, 254).to(torch.int32)
+    return {"q": _e2m1(blocks, torch.ldexp(blocks.abs(), (127 - exponent)[..., None])), "d": exponent.to(torch.uint8)}
+
+
+def _largest_finite(blocks: Tensor) -> Tensor:
     largest = blocks.abs().amax(-1)
     if not bool(torch.isfinite(largest).all()):
         raise NotRepresentable("the weight holds NaN or infinity. Mend it, or leave the module out")
-    exponent = torch.where(largest > 0, largest.log2().floor() + 125, 0.0).clamp(0, 254).to(torch.int32)
-    sizes = torch.ldexp(blocks.abs(), (127 - exponent)[..., None])
-    borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=rows.device)
+    return largest
+
+
+def _e2m1(blocks: Tensor, sizes: Tensor) -> Tensor:
+    """Nearest codes of magnitudes, ties towards zero; never minus zero."""
+    borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=blocks.device)
     codes = torch.bucketize(sizes, borders, out_int32=True)
-    return {"q": _integers(codes + 8 * ((blocks < 0) & (codes > 0))), "d": exponent.to(torch.uint8)}
+    return _integers(codes + 8 * ((blocks < 0) & (codes > 0)))
+
+
+def _nvfp4(rows: Tensor, importance: Tensor | None) -> Fields:
+    """Scales are largest magnitude / 6 in unsigned E4M3, ties away from zero; above 240 they are 448."""
+    blocks = _blocks(rows, 16)
+    wanted = _largest_finite(blocks) / 6
+    if bool((wanted > 448).any()):
+        raise NotRepresentable(
+            "the weight holds numbers too large for NVFP4's scales: infinity for them is 2688. Choose another type"
+        )
+    exponent = (wanted.view(torch.int32) >> 23) - 127
+    small = (wanted * 512 + 0.5).floor().clamp(max=7).to(torch.int32)
+    mantissa = (((wanted.view(torch.int32) >> 19) & 15) + 1) >> 1
+    code = torch.where(exponent <= -7, small, (exponent + 7) * 8 + mantissa)
+    code = torch.where(code >= 15 * 8, 0x7E, code)
+    scale = torch.where(code < 8, code / 512, torch.ldexp(1 + (code % 8) / 8, code // 8 - 7))
+    sizes = torch.where((scale > 0)[..., None], blocks.abs() / scale[..., None], 0.0)
+    return {"q": _e2m1(blocks, sizes), "d": code.to(torch.uint8)}
+
+
+def _q1_0(rows: Tensor, importance: Tensor | None) -> Fields:
+    """The mean magnitude, and signs."""
+    blocks = _blocks(rows, 128)
+    return {"q": _integers((blocks >= 0).to(torch.uint8)), "d": blocks.abs().mean(-1).to(torch.float16)}
+
+
+def _q2_0(rows: Tensor, importance: Tensor | None) -> Fields:
+    """The largest magnitude, and -1, 0, 1: the code for 2 is never needed."""
+    blocks = _blocks(rows, 64)
+    scale = blocks.abs().amax(-1)
+    return {"q": _integers(_half_up(blocks * _reciprocal(scale)) + 1), "d": scale.to(torch.float16)}
 
 
 MADE: dict[str, Callable[..., Fields]] = {
@@ -252,4 +303,8 @@ MADE: dict[str, Callable[..., Fields]] = {
     "TQ1_0": _tq1_0,
     "TQ2_0": _tq2_0,
     "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+    "Q1_0": _q1_0,
+    "Q2_0": _q2_0,
+    **POINTS,
 }

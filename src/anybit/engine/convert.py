@@ -110,7 +110,7 @@ def convert(
         jobs += [copy_job(ready.checkpoint, info, None) for info in infos]
     bundled = bundle_for(target, ready, jobs, src)
     if bundled is not None:
-        write_bundle(dst, jobs, bundled, force=force, progress=progress)
+        write_bundle(dst, jobs, bundled, max_shard_size=max_shard_size, force=force, progress=progress)
         ready.checkpoint.release()
         return report
     config = source_config(ready)

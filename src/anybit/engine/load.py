@@ -190,6 +190,7 @@ def prepare(
             slots.update(skeleton.packed_routers(model, checkpoint.tensors, names.path_of))
         quantizer.attach(model, checkpoint, names.path_of)
         names.state = dict(model.state_dict())
+        quantizer.calibrated = calibrated
         quantizer.begin(model, list(slots.values()))
     made = build_plan(checkpoint, model, slots, names, quantizer, wanted, device, strict, calibrated)
     own_config = own_config and type(model).__name__ in (config.architectures or [type(model).__name__])

@@ -137,11 +137,6 @@ def quantize(
         part.prefix: part.layout for entry in ready.plan.entries for part in entry.parts if part.layout is not None
     }
     bundled = bundle_for(ready.quantizer, ready, jobs, src)
-    if bundled is not None:
-        write_bundle(dst, jobs, bundled, force=force, progress=progress)
-        ready.checkpoint.release()
-        _adapt(start, dst, src, options, wanted, force, progress)
-        return ready.plan
     settings = {
         "configuration": ready.quantizer.quantization_config.to_dict(), "dtype": str(dtype), "device": str(device),
         "max_shard_size": max_shard_size, "algorithm": algorithm, "batch": own.batch,
@@ -149,11 +144,17 @@ def quantize(
         "lora_init": None if start is None else [start.rank, start.iterations],
         "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
     }  # fmt: skip
+    resume = _resume(ready, source, settings, jobs, work, restart)
+    if bundled is not None:
+        write_bundle(dst, jobs, bundled, max_shard_size=max_shard_size, force=force, progress=progress, resume=resume)
+        ready.checkpoint.release()
+        _adapt(start, dst, src, options, wanted, force, progress)
+        return ready.plan
     metadata = ready.quantizer.file_metadata(layouts, [name for job in jobs for name in job.specs])
     write_checkpoint(
         dst, jobs, config, metadata=metadata, max_shard_size=max_shard_size, copy_from=ready.side_files(),
         extra_files={**ready.extra_files(), **ready.quantizer.made_files(layouts)},
-        force=force, progress=progress, resume=_resume(ready, source, settings, jobs, work, restart),
+        force=force, progress=progress, resume=resume,
     )  # fmt: skip
     ready.checkpoint.release()
     _adapt(start, dst, src, options, wanted, force, progress)

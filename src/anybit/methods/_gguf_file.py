@@ -70,6 +70,7 @@ def bundled(
     read: Callable[[str], bytes | None],
     name: str,
     mix: str,
+    big_endian: bool = False,
 ) -> Bundled:
     """The file `name`-`mix`.gguf. `specs`: dtype and shape of the checkpoint's tensors; `settings`: of its whole config."""
     model_type = str(settings.get("model_type"))
@@ -96,7 +97,9 @@ def bundled(
     tensors.update({key: ("F32", tuple(tensor.shape)) for key, tensor in constants.items()})
     context = int(settings.get("max_position_embeddings") or 0)
     values.update(vocabulary(read, rows, context))
-    made = Bundled(f"{name}-{mix}.gguf", values, dict(sorted(tensors.items(), key=_order)), places, constants)
+    made = Bundled(
+        f"{name}-{mix}.gguf", values, dict(sorted(tensors.items(), key=_order)), places, constants, big_endian
+    )
     _check(made, settings)
     return made
 
@@ -315,6 +318,7 @@ def _check(made: Bundled, settings: Settings) -> None:
         back = AutoConfig.for_model(read.pop("model_type"), **read).to_dict()
     except AnybitError as error:
         raise ConfigError(f"the model does not fit into a GGUF file: {error}. {OTHERWISE}") from error
+    settings = {**settings, "head_dim": _head_dim(settings)} if "head_dim" in settings else settings
     for key, value in back.items():
         if key not in FREE and key in settings and not _alike(settings[key], value):
             _differs(key, settings[key], value)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import ConfigError, ShapeMismatch, did_you_mean
-from anybit.methods._gguf_mixes import MIXES
+from anybit.errors import CalibrationNeeded, ConfigError, ShapeMismatch, did_you_mean
+from anybit.methods._gguf_mixes import MIXES, needs_importance
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.matching import SafePattern
@@ -33,9 +33,11 @@ OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 # types that are made from the weight alone, or with an importance matrix
 CREATED = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0",
-    "MXFP4",
+    "MXFP4", "NVFP4", "Q1_0", "Q2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
 )  # fmt: skip
 DEFAULT = "Q4_K_M"
+# names of the number of experts in configurations
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @register_quantization_config("gguf")
@@ -46,7 +48,9 @@ class GgufConfig(QuantizationConfigMixin):
     The rest counts when a dense model is quantized. `mix`: one of llama.cpp's mixes by name (default Q4_K_M); a type for every
     tensor by its place. `block_type` instead: that type for all linear layers; embeddings and head stay dense. `tensor_types`:
     pattern -> type, searched in GGUF names (`blk.3.ffn_down.weight`); the first that matches counts, before the mix.
-    `imatrix`: a file of llama.cpp's tool of that name, .gguf or .dat.
+    `module_settings`: another mix or block_type ({"mix": "Q6_K"}) for a module by its name in the model, None to leave it dense;
+    after `tensor_types`, before the rest. `imatrix`: a file of llama.cpp's tool of that name, .gguf or .dat; some types are made
+    only with one, or with calibration data. `big_endian`: numbers of the file lie as on IBM z.
     """
 
     gguf_file: str | None = None
@@ -54,18 +58,22 @@ class GgufConfig(QuantizationConfigMixin):
     mix: str | None = None
     block_type: str | None = None
     tensor_types: dict[str, str] | None = None
+    module_settings: dict[str, dict[str, str] | None] | None = None
     imatrix: str | None = None
+    big_endian: bool = False
     modules_to_not_convert: list[str] | None = None
 
     method: ClassVar[str] = "gguf"
     targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "llama.cpp")
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
-    optional: ClassVar[tuple[str, ...]] = ("mix", "block_type", "tensor_types", "imatrix", "modules_to_not_convert")
+    optional: ClassVar[tuple[str, ...]] = (
+        "mix", "block_type", "tensor_types", "module_settings", "imatrix", "big_endian", "modules_to_not_convert",
+    )  # fmt: skip
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {f"gguf-{name.lower()}": {"mix": name} for name in MIXES}
 
     def post_init(self) -> None:
         check_type(self, "gguf_file", str, None)
-        check_flags(self, "dequantize")
+        check_flags(self, "dequantize", "big_endian")
         if self.mix is not None:
             check_choice(self, "mix", tuple(MIXES))
         if self.block_type is not None:
@@ -83,6 +91,25 @@ class GgufConfig(QuantizationConfigMixin):
                     f"tensor_types gives {pattern!r} the type {kind!r}{did_you_mean(str(kind), CREATED)}; one of "
                     f"{', '.join(CREATED)}"
                 )
+        check_type(self, "module_settings", dict, None)
+        for module, own in (self.module_settings or {}).items():
+            if own is not None and (not isinstance(own, dict) or len(own) != 1 or set(own) - {"mix", "block_type"}):
+                raise ConfigError(
+                    f"module_settings gives {module!r} {own!r}; it must be {{'mix': NAME}}, {{'block_type': NAME}} or None"
+                )
+            if own is not None:
+                type(self)(mix=own.get("mix"), block_type=own.get("block_type"))  # says what is wrong with the name
+
+    def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
+        found = dict(self.module_settings or {})
+        for module, other in settings.items():
+            kind: str | None = getattr(other, "block_type", None)
+            mix = getattr(other, "mix", None) or DEFAULT
+            found[module] = None if other is None else {"block_type": kind} if kind else {"mix": mix}
+        made = type(self).from_dict(self.to_dict())
+        made.module_settings = found or None
+        made.post_init()
+        return made
 
     @classmethod
     def of_file(cls, file: Path) -> dict[str, Any] | None:
@@ -196,34 +223,50 @@ class GgufHfQuantizer(HfQuantizer):
         self._facts = Facts(
             self.quantization_config.mix or DEFAULT, found[0], int(settings["num_hidden_layers"]),
             heads // int(settings.get("num_key_value_heads") or heads),
-            int(settings.get("num_local_experts") or settings.get("num_experts") or 0),
-            bool(settings.get("tie_word_embeddings")), self._importance is not None,
+            next((int(settings[key]) for key in EXPERTS if settings.get(key)), 0),
+            bool(settings.get("tie_word_embeddings")), self._importance is not None or self.calibrated,
         )  # fmt: skip
 
     def _type_of(self, module: ModuleInfo, name: str | None, stacked: bool) -> str | None:
         """The block type of a module; None (with the reason) for one that stays dense."""
-        from anybit.methods._gguf_mixes import fitting
-
-        config, columns = self.quantization_config, module.shape[-1]
-        given = next((kind for pattern, kind in self._given if name is not None and pattern.searches(name)), None)
-        if given is not None:
-            kind = fitting(given, columns)
-        elif config.block_type is not None:
+        columns = module.shape[-1]
+        kind = next((kind for pattern, kind in self._given if name is not None and pattern.searches(name)), None)
+        if kind is not None:
+            return self._fitting(kind, module)
+        mix, block_type = self._wanted(module)
+        if block_type is not None:
             if module.kind == "embedding":
                 self.skip_reasons[module.name] = "embeddings stay dense"
                 return None
-            kind = fitting(config.block_type, columns)
-        elif self._facts is not None and name is not None:
-            kind = self._facts.type_of(name, columns, stacked)
+            return self._fitting(block_type, module)
+        if mix is None:
+            self.skip_reasons[module.name] = "module_settings leaves it dense"
+            return None
+        if self._facts is not None and name is not None:
+            kind = replace(self._facts, mix=mix).type_of(name, columns, stacked)
             if kind is None and columns % 32 == 0:
-                self.skip_reasons[module.name] = f"{self._facts.mix} leaves {name} dense"
+                self.skip_reasons[module.name] = f"{mix} leaves {name} dense"
                 return None
         else:
-            base = MIXES[config.mix or DEFAULT][1]
-            kind = fitting(base, columns) if base and module.kind != "embedding" else None
-        if kind is None:
-            self.skip_reasons[module.name] = f"its rows of {columns} weights are not whole blocks"
-        return kind
+            base = MIXES[mix][1]
+            kind = base if base and module.kind != "embedding" else None
+        return self._fitting(kind, module)
+
+    def _fitting(self, kind: str | None, module: ModuleInfo) -> str | None:
+        from anybit.methods._gguf_mixes import fitting
+
+        found = fitting(kind, module.shape[-1]) if kind is not None else None
+        if found is None:
+            self.skip_reasons[module.name] = f"its rows of {module.shape[-1]} weights are not whole blocks"
+        return found
+
+    def _wanted(self, module: ModuleInfo) -> tuple[str | None, str | None]:
+        """Mix and block type, one of them None; both for a module that stays dense."""
+        config = self.quantization_config
+        for given, own in (config.module_settings or {}).items():
+            if module.name == given or module.name.startswith(f"{given}."):
+                return (None, None) if own is None else (own.get("mix"), own.get("block_type"))
+        return (None, config.block_type) if config.block_type is not None else (config.mix or DEFAULT, None)
 
     def layout_for(self, module: ModuleInfo) -> Layout | None:
         from anybit.methods._gguf_layout import GgufLayout
@@ -236,13 +279,18 @@ class GgufHfQuantizer(HfQuantizer):
         kind = self._type_of(module, name, expert is not None)
         if kind is None:
             return None
-        config = self.quantization_config
-        wanted = config.block_type or (self._facts.mix if self._facts is not None else config.mix or DEFAULT)
-        if config.block_type is None and config.mix is None:
+        config, (mix, block_type) = self.quantization_config, self._wanted(module)
+        importance = self._importance_of(name, expert, module)
+        if importance is None and not self.calibrated and needs_importance(name or module.name, kind, mix or ""):
+            raise CalibrationNeeded(
+                f"{name or module.name} would be {kind}, which is made for what the layer's inputs weigh, and nothing says that. "
+                "Pass calibration data (--calib), an imatrix of the model, or choose a mix that needs neither, e.g. Q2_K or IQ3_S"
+            )
+        if config.block_type is None and config.mix is None and mix is not None:
             self.decide(f"the configuration names no mix: {DEFAULT}", module.name)
-        elif config.block_type is not None and kind != wanted:
-            self.decide(f"{kind} instead of {wanted}, whose blocks are wider than its rows", module.name)
-        return GgufLayout(module.shape, module.dtype, kind, importance=self._importance_of(name, expert, module))
+        elif block_type is not None and kind != block_type:
+            self.decide(f"{kind} instead of {block_type}, whose blocks are wider than its rows", module.name)
+        return GgufLayout(module.shape, module.dtype, kind, importance=importance)
 
     def _importance_of(self, name: str | None, expert: int | None, module: ModuleInfo) -> Any:
         found = self._importance.get(name) if self._importance is not None and name is not None else None
@@ -263,4 +311,5 @@ class GgufHfQuantizer(HfQuantizer):
         from anybit.methods._gguf_file import bundled
 
         config = self.quantization_config
-        return bundled(settings, specs, read, name, config.mix or config.block_type or DEFAULT)
+        mix = config.mix or config.block_type or DEFAULT
+        return bundled(settings, specs, read, name, mix, big_endian=config.big_endian)

@@ -36,6 +36,7 @@ class HfQuantizer:
     is_trainable: bool = True
     is_qat_trainable: bool = False
     is_compileable: bool = True
+    calibrated: bool = False  # there are data to choose codes by; the engine says so before `begin`
 
     quantization_config: Any
 

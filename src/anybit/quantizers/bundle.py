@@ -65,7 +65,8 @@ class Bundled:
     """A checkpoint as one file that carries the whole model; the way back of `Bundle`.
 
     `file`: its name. `values`: metadata by key. `tensors`: stored name -> (type of its blocks, logical shape), in the order of
-    their data. `places`: a checkpoint's tensor -> where it goes. `constants`: stored tensors made of settings.
+    their data. `places`: a checkpoint's tensor -> where it goes. `constants`: stored tensors made of settings. `big_endian`: the
+    order of bytes in the file.
     """
 
     file: str
@@ -73,6 +74,7 @@ class Bundled:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     places: Mapping[str, tuple[Placed, ...]]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    big_endian: bool = False
 
     def sources(self) -> dict[str, list[str]]:
         """Stored name -> the checkpoint's tensors it is made of."""

@@ -1,0 +1,154 @@
+"""GGUF files beyond the plain one: several parts, the other byte order, broken runs that are gone on with."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_resume import CALIBRATED, TINY, broken, content
+
+import anybit
+from anybit import GgufConfig
+from anybit.containers import Checkpoint
+from anybit.engine import resume
+from anybit.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dense")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def logits(path: Path) -> torch.Tensor:
+    model: Any = anybit.load(path)
+    found: torch.Tensor = model(torch.arange(12)[None]).logits
+    return found
+
+
+# --- several parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_model_is_cut_as_llama_cpp_cuts_it(llama: Path, tmp_path: Path) -> None:
+    anybit.quantize(llama, tmp_path / "one", GgufConfig(mix="Q8_0"))
+    anybit.quantize(llama, tmp_path / "parts", GgufConfig(mix="Q8_0"), max_shard_size="300KB")
+    files = sorted((tmp_path / "parts").iterdir())
+    stem = next((tmp_path / "one").iterdir()).stem
+    assert [file.name for file in files] == [f"{stem}-{n + 1:05d}-of-{len(files):05d}.gguf" for n in range(len(files))]
+    assert len(files) > 4
+    with Checkpoint.open(tmp_path / "one") as whole, Checkpoint.open(files[0]) as first:
+        count = len(whole.tensors)
+        assert (
+            dict(first.values).keys() - {"split.no", "split.count", "split.tensors.count"} == dict(whole.values).keys()
+        )
+        assert first.values["split.tensors.count"] == count
+    for number, file in enumerate(files):
+        raw = file.read_bytes()
+        assert (b"general.architecture" in raw) == (number == 0)
+        # key, type 2 (uint16), number
+        assert b"split.no" + struct.pack("<IH", 2, number) in raw
+        assert b"split.count" + struct.pack("<IH", 2, len(files)) in raw
+        assert b"split.tensors.count" + struct.pack("<Ii", 5, count) in raw
+        assert len(raw) < 320_000
+    for path in (tmp_path / "parts", files[0], files[2]):
+        assert torch.equal(logits(path), logits(tmp_path / "one"))
+    (tmp_path / "parts" / files[1].name).unlink()
+    with pytest.raises(anybit.errors.MissingTensor, match=r"missing: 2"):
+        anybit.load(tmp_path / "parts")
+
+
+def test_a_converted_model_is_cut_too(llama: Path, tmp_path: Path) -> None:
+    anybit.quantize(llama, tmp_path / "one", GgufConfig(mix="Q4_K_M"))
+    anybit.convert(tmp_path / "one", tmp_path / "parts", GgufConfig(mix="Q4_K_M"), max_shard_size="300KB")
+    assert len(list((tmp_path / "parts").iterdir())) > 2
+    assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "one"))
+
+
+# --- the other byte order ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", ["F16", "BF16", "Q4_K_M", "Q5_1", "IQ4_XS", "IQ3_S", "TQ1_0", "MXFP4_MOE"])
+def test_big_endian_files_hold_the_same_model(mix: str, llama: Path, tmp_path: Path) -> None:
+    anybit.quantize(llama, tmp_path / "little", GgufConfig(mix=mix))
+    anybit.quantize(llama, tmp_path / "big", GgufConfig(mix=mix, big_endian=True))
+    raw = next((tmp_path / "big").iterdir()).read_bytes()
+    assert raw[:8] == b"GGUF\0\0\0\3"
+    with Checkpoint.open(tmp_path / "little") as one, Checkpoint.open(tmp_path / "big") as two:
+        assert list(one.tensors) == list(two.tensors)
+        assert one.values == two.values
+        for name in one.tensors:
+            assert torch.equal(one.read(name), two.read(name)), name
+        norm = two.tensors["output_norm.weight"]
+        found = struct.unpack_from(f">{norm.shape[0]}f", raw, norm.offset)
+    wanted = load_file(llama / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(torch.tensor(found), wanted)
+    assert torch.equal(logits(tmp_path / "big"), logits(tmp_path / "little"))
+
+
+def test_parts_may_be_big_endian(llama: Path, tmp_path: Path) -> None:
+    anybit.quantize(llama, tmp_path / "one", GgufConfig(mix="Q6_K"))
+    anybit.quantize(llama, tmp_path / "parts", GgufConfig(mix="Q6_K", big_endian=True), max_shard_size="300KB")
+    assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "one"))
+
+
+# --- broken runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _every_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_STATES", 0.0)
+
+
+@pytest.mark.usefixtures("_every_job")
+@pytest.mark.parametrize(
+    ("mix", "options", "jobs"),
+    [("Q4_0", {}, 5), ("Q4_0", {"max_shard_size": "1MB"}, 9), ("Q4_K_S", CALIBRATED, 2)],
+    ids=["plain", "in parts", "calibrated"],
+)
+def test_a_broken_run_ends_in_the_same_bytes(mix: str, options: Any, jobs: int, tmp_path: Path) -> None:
+    anybit.quantize(TINY, tmp_path / "whole", GgufConfig(mix=mix), **options)
+    broken(tmp_path / "out", GgufConfig(mix=mix), jobs, **options)
+    seen: list[int] = []
+    anybit.quantize(TINY, tmp_path / "out", GgufConfig(mix=mix), progress=lambda *at: seen.append(at[1]), **options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.usefixtures("_every_job")
+def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
+    work = broken(tmp_path / "out", GgufConfig(mix="Q4_0"), 5)
+    file = next((work / "result").iterdir())
+    before = file.stat()
+    made: list[str] = []
+    original = anybit.engine.quantize.make_weight
+
+    def counted(*args: Any) -> Any:
+        made.append(args[2].prefix)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anybit.engine.quantize.make_weight", counted)
+        plan = anybit.quantize(TINY, tmp_path / "out", GgufConfig(mix="Q4_0"))
+    assert len(made) == sum(entry.action == "quantize" for entry in plan.entries) - 5
+    after = next((tmp_path / "out").iterdir()).stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+
+
+@pytest.mark.usefixtures("_every_job")
+def test_a_run_for_another_file_is_refused(tmp_path: Path) -> None:
+    broken(tmp_path / "out", GgufConfig(mix="Q4_0"), 3)
+    for other, words in ((GgufConfig(mix="Q4_1"), "mix"), (GgufConfig(mix="Q4_0", big_endian=True), "big_endian")):
+        with pytest.raises(ConfigError, match=rf"broken run that differs from this one.*{words}"):
+            anybit.quantize(TINY, tmp_path / "out", other)
+    anybit.quantize(TINY, tmp_path / "out", GgufConfig(mix="Q4_1"), restart=True)
