@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import anybit
-from anybit import BitsAndBytesConfig, GPTQConfig
+from anybit import AutoRoundConfig, BitsAndBytesConfig, GPTQConfig
 from anybit.containers import atomic
 from anybit.engine import hidden_states, resume
 from anybit.errors import CheckpointError, ConfigError, WriteError
@@ -72,8 +72,10 @@ def test_killed_at_random_moments_the_bytes_stay_the_same(tmp_path: Path) -> Non
     [
         (lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), {}, 5),
         (lambda: GPTQConfig(bits=4, group_size=64, desc_act=True), CALIBRATED, 2),
+        (lambda: AutoRoundConfig(bits=4, group_size=64, iters=2), CALIBRATED, 2),
+        (lambda: GPTQConfig(bits=4, group_size=64), {"rotate": "r1+r2", "algorithm": "awq+gptq", **CALIBRATED}, 3),
     ],
-    ids=["without calibration", "calibrated"],
+    ids=["without calibration", "calibrated", "tuned", "rotated and scaled"],
 )
 def test_the_work_that_was_done_is_not_done_again(config: Any, options: Any, jobs: int, tmp_path: Path) -> None:
     whole = anybit.quantize(TINY, tmp_path / "whole", config(), max_shard_size="1MB", **options)

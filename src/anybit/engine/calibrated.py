@@ -80,7 +80,7 @@ def calibrated_jobs(
             specs |= {name: spec for job in block.plain_jobs() for name, spec in job.specs.items()}
         specs |= block.ranges.specs(calibrator.entries(number))
         covered |= {entry.slot.parameter for entry in entries}
-        jobs.append(Job(calibrator.names(number), specs, block.make))
+        jobs.append(Job(calibrator.names(number), specs, block.make, remark=block.remark))
     blocks = tuple(calibrator.names(number) + "." for number in range(len(calibrator.blocks)))
     refuse_unmeasured(
         [entry for entry in ready.plan.entries if entry.slot.parameter not in covered],
@@ -118,9 +118,15 @@ class _Block:
     made: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
+    error: float | None = None
+
+    def remark(self) -> str:
+        """What progress says of the block: how far its output went from the dense block's, as a share of what the block adds."""
+        return "" if self.error is None else f", error {self.error:.1e}"
+
     def make(self) -> dict[str, Tensor]:
         training = hasattr(self._rounding, "tune")
-        self.calibrator.run(
+        self.error = self.calibrator.run(
             self.number,
             self._round,
             fold=self._before if self.steps.foldings or self.ranges else None,

@@ -261,11 +261,12 @@ class Calibrator:
         fold: Fold | None = None,
         train: Train | None = None,
         observe: bool = True,
-    ) -> None:
+    ) -> float:
         """Calibrate and quantize one block, then move the samples on through its quantized form.
 
         `fold` comes first. With `train`, it does what else `quantize` is called for weight by weight. `observe`: whether
-        `quantize` is told what the weight's inputs were.
+        `quantize` is told what the weight's inputs were. Gives |y' - y| / |y - x| of the first batch: of the block's output
+        before and after, and its input.
         """
         if not self._begun:
             self.begin(number)
@@ -275,6 +276,7 @@ class Calibrator:
                 self._load(key)
         self._compute_buffers()
         wanted = {entry.slot.parameter: entry for entry in self.entries(number) if entry.action == "quantize"}
+        before = next(self.forward(number)).float()
         if train is not None:
             outputs = self.work.states(number + 1, self.device, "reference")
             reference = outputs.fill(self.forward(number, self.reference))
@@ -291,12 +293,15 @@ class Calibrator:
                 for entry in group:
                     dense = quantize(entry, seen)
                     set_tensor(self.model, entry.slot.parameter, dense.to(self.ready.plan.dtype), self.device)
+        lost = (next(self.forward(number)).float() - before).norm()
+        error = float(lost / (before - self.hidden[0].float()).norm().clamp(min=1e-30))
         if number + 1 < len(self.blocks):
             self.hidden = self.work.states(number + 1, self.device).fill(self.forward(number))
         for key in self.ready.names.state:
             if key.startswith(start):
                 self._drop(key)
         give_back_free_memory()
+        return error
 
     def _observe(self, number: int, entry: Entry, seen: Mapping[int | None, Observed]) -> None:
         def add(entry: Entry, x: Tensor, expert: int | None) -> None:

@@ -18,7 +18,7 @@ from anybit.containers import Checkpoint
 from anybit.engine import devices, skeleton
 from anybit.engine.materialize import attach_packed, load_entry, load_plain, set_tensor, tie
 from anybit.engine.names import Names
-from anybit.engine.plan import Plan, build_plan
+from anybit.engine.plan import Plan, build_plan, refuse_uncalibrated
 from anybit.engine.source import locate, read_quantizer, recognize_quantizer, unbundled
 from anybit.engine.write import side_files
 from anybit.errors import InvalidOption, did_you_mean
@@ -42,6 +42,7 @@ def load(
     dtype: torch.dtype | str | None = "auto",
     max_memory: Mapping[Any, Any] | None = None,
     offload_folder: str | None = None,
+    calibration: Any = None,
     dequantize: bool = False,
     strict: bool = True,
     allow_pickle: bool = False,
@@ -52,16 +53,28 @@ def load(
     """A model whose quantized weights stay packed, on any device.
 
     `path`: a folder, a .safetensors file beside a config.json, or a hub id. `quantization_config` on a dense checkpoint
-    quantizes while loading; on a quantized one only its loading attributes count. `device_map`: None, "auto" and the like,
+    quantizes while loading, with `calibration` data (as `quantize` takes them) or the configuration's own `dataset` if there are
+    some; on a quantized one only its loading attributes count. `device_map`: None, "auto" and the like,
     a device, or a dict of module path to device or "disk". `dequantize`: make every weight dense. `strict` False names
     unexpected tensors in the plan instead of raising, and lets the model class initialise missing ones. `allow_pickle`: read
     .bin files through a restricted reader.
     Raises ConfigError, CheckpointError, NoKernel.
     """
+    options = {"hub_options": hub_options, **model_options}
+    if quantization_config is not None:
+        from anybit.engine.calibrated_load import load_calibrated, wants_data
+
+        if wants_data(locate(path, allow_pickle=allow_pickle, **(hub_options or {})), quantization_config, calibration):
+            return load_calibrated(
+                path, quantization_config, calibration, auto_class=auto_class, config=config, device_map=device_map, dtype=dtype,
+                max_memory=max_memory, offload_folder=offload_folder, dequantize=dequantize, strict=strict,
+                allow_pickle=allow_pickle, progress=progress, **options,
+            )  # fmt: skip
     prepared = prepare(
         path, quantization_config, auto_class=auto_class, config=config, dtype=dtype, strict=strict,
-        device_map=device_map, allow_pickle=allow_pickle, hub_options=hub_options, **model_options,
+        device_map=device_map, allow_pickle=allow_pickle, **options,
     )  # fmt: skip
+    refuse_uncalibrated(prepared.plan)
     model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
     placement = place(prepared, device_map, max_memory)
     done, total = 0, max(plan.bytes_on_disk, 1)
@@ -103,6 +116,7 @@ def plan(
 ) -> Plan:
     """What `load` with the same arguments would do, from headers alone. Raises what `load` would raise."""
     prepared = prepare(path, quantization_config, device_map=device_map, **options)
+    refuse_uncalibrated(prepared.plan)
     place(prepared, device_map, max_memory)
     prepared.checkpoint.release()
     return prepared.plan

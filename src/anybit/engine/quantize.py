@@ -21,7 +21,7 @@ from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.lora_start import ITERATIONS, RANK, Start
 from anybit.engine.materialize import make_weight
-from anybit.engine.plan import Entry, Plan
+from anybit.engine.plan import Entry, Plan, refuse_uncalibrated
 from anybit.engine.resume import Resume, difference, identity_of, source_identity
 from anybit.engine.rotation import FUSED, Rotated, rotated, untied
 from anybit.engine.rotation import steps as rotations
@@ -44,8 +44,8 @@ def quantize(
     lora_init: str | None = None,
     rank: int = RANK,
     lora_iterations: int = ITERATIONS,
-    samples: int = SAMPLES,
-    sequence_length: int = LENGTH,
+    samples: int | None = None,
+    sequence_length: int | None = None,
     seed: int = SEED,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
@@ -61,9 +61,10 @@ def quantize(
     """Quantize the dense checkpoint `src` (a folder or hub id) to the new folder `dst`; returns what was done.
 
     Without `calibration`, memory stays at one weight, whatever the size of the model. With it (text, a list of texts, a .txt,
-    .jsonl or .parquet file, or token ids [samples, length]; `samples` rows of `sequence_length` tokens are drawn with `seed`),
-    the method's calibrated `algorithm`, or the one named (several: "awq+gptq"), sees what each layer's inputs are; memory then
-    is one decoder block and the samples' hidden states. A configuration with `dataset=[texts]` is calibrated with those.
+    .jsonl or .parquet file, or token ids [samples, length]; `samples` rows of `sequence_length` tokens are drawn with `seed`,
+    128 of 512 unless the configuration says more), the method's calibrated `algorithm`, or the one named (several: "awq+gptq"),
+    sees what each layer's inputs are; memory then is one decoder block and the samples' hidden states. A configuration with
+    `dataset=[texts]` is calibrated with those.
     `algorithm_options`: arguments of the algorithm that rounds, e.g. {"mse": 2.4} of gptq. `rotate`: "r1+r2" (True) turns the
     weights by Hadamard matrices first, see `rotation`; NotRepresentable names a layer that cannot be turned. `dtype`: of what
     stays dense (default: as stored); `device`: where weights are quantized. `max_memory` ("8GB"): what the run may take beside
@@ -106,9 +107,11 @@ def quantize(
     if calibration is not None:
         from anybit.engine.calibrated import calibrated_jobs
 
+        asked = ready.quantizer.calibration_size()
         tokens = calibration_tokens(
-            calibration, ready.folder, samples=samples, length=sequence_length, seed=seed, tokenizer=tokenizer
-        )
+            calibration, ready.folder, samples=samples or asked[0] or SAMPLES, length=sequence_length or asked[1] or LENGTH,
+            seed=seed, tokenizer=tokenizer,
+        )  # fmt: skip
         own = budget(ready, tokens, cap)
         jobs, done = calibrated_jobs(
             ready, tokens, algorithm, torch.device(device), None if keep else ready.plan.dtype, algorithm_options, work, own.batch
@@ -116,6 +119,7 @@ def quantize(
     elif algorithm is not None or algorithm_options:
         raise ConfigError(f"algorithm={algorithm!r} is run on calibration data; pass calibration=")
     else:
+        refuse_uncalibrated(ready.plan)
         own = budget(ready, None, cap)
     for entry in ready.plan.entries:
         if entry.slot.parameter in done:

@@ -33,13 +33,15 @@ NOT_COPIED = ("config.json", "README.md")  # whole names: tokenizer_config.json 
 class Job:
     """Makes the tensors whose names and specs it announced. `label` is what progress shows.
 
-    `shrinking`: names of tensors that may turn out shorter than announced.
+    `shrinking`: names of tensors that may turn out shorter than announced. `remark`: what progress adds to the label when the
+    tensors are made.
     """
 
     label: str
     specs: Mapping[str, Spec]
     make: Callable[[], Mapping[str, Tensor]]
     shrinking: frozenset[str] = frozenset()
+    remark: Callable[[], str] = str
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def write_checkpoint(
                     if journal is not None:
                         journal.finished(number, writer.sync, number + 1 == len(jobs))
                 if progress is not None:
-                    progress(job.label, number + 1, len(jobs))
+                    progress(job.label + job.remark(), number + 1, len(jobs))
         for file in copy_from:
             shutil.copyfile(file, folder / file.name)
         for name, content in (extra_files or {}).items():

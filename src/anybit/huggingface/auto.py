@@ -16,7 +16,7 @@ from anybit.quantizers.auto import HUB_OPTIONS
 
 # arguments of transformers' from_pretrained that change nothing in how we load
 _HARMLESS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "_from_auto", "_commit_hash", "adapter_kwargs")
-_OWN = ("device_map", "max_memory", "offload_folder", "progress", "strict", "allow_pickle")
+_OWN = ("device_map", "max_memory", "offload_folder", "progress", "strict", "allow_pickle", "calibration")
 _LEGACY = ("load_in_4bit", "load_in_8bit")
 
 
@@ -44,8 +44,9 @@ class AutoClass:
     ) -> Any:
         """A model of a folder or hub id: packed if it is quantized or a `quantization_config` is given, else transformers' own.
 
-        Takes `device_map`, `max_memory`, `offload_folder`, `dtype`, `attn_implementation` and the hub's options; other
-        arguments override the model's configuration, as in transformers. Code of a checkpoint is never run.
+        A GPTQConfig or AwqConfig with `dataset=[texts]` (and a `tokenizer`, if the folder has none), or `calibration=`, lets the
+        weights be rounded with data. Takes `device_map`, `max_memory`, `offload_folder`, `dtype`, `attn_implementation` and the
+        hub's options; other arguments override the model's configuration, as in transformers. Code of a checkpoint is never run.
         """
         if trust_remote_code:
             raise UnsafeFile(
@@ -63,7 +64,7 @@ class AutoClass:
         file = kwargs.pop("gguf_file", None)
         path = path / file if file is not None and path.is_dir() else path
         wanted = dtype if dtype is not None else torch_dtype
-        if read_quantizer(path, quantization_config) is None:
+        if quantization_config is None and read_quantizer(path) is None:
             return cls._dense(path, config, wanted, kwargs)
         for name in _HARMLESS:
             kwargs.pop(name, None)

@@ -7,6 +7,7 @@ gemm. Symmetric files have negative scales. "auto_round:gptq" and "auto_round:au
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,7 +17,15 @@ from anybit.errors import CheckpointError, ConfigError, InvalidOption, NotRepres
 from anybit.methods._per_module import Settings, check_stored, stays_dense
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
-from anybit.quantizers.options import check_choice, check_flags, check_group_size, check_objects, check_type, listed
+from anybit.quantizers.options import (
+    check_choice,
+    check_flags,
+    check_group_size,
+    check_objects,
+    check_type,
+    listed,
+    refuse,
+)
 from anybit.quantizers.registry import register_quantization_config, register_quantizer
 
 if TYPE_CHECKING:
@@ -53,11 +62,16 @@ class AutoRoundConfig(QuantizationConfigMixin):
     extra_config: dict[str, Any] | None = None
     data_type: str | None = None
     block_name_to_quantize: str | list[Any] | None = None
+    iters: int | None = None  # steps of tuning; 0: none
+    nsamples: int | None = None
+    seqlen: int | None = None
+    batch_size: int | None = None
 
     method: ClassVar[str] = "auto-round"
     side_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
     loading_attributes: ClassVar[tuple[str, ...]] = ("backend",)
-    optional: ClassVar[tuple[str, ...]] = ("extra_config", "data_type", "block_name_to_quantize")
+    tuning: ClassVar[tuple[str, ...]] = ("iters", "nsamples", "seqlen", "batch_size")
+    optional: ClassVar[tuple[str, ...]] = ("extra_config", "data_type", "block_name_to_quantize", *tuning)
     targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"auto-round-{bits}bit-g{group_size}": {"bits": bits, "group_size": group_size}
@@ -72,6 +86,10 @@ class AutoRoundConfig(QuantizationConfigMixin):
         check_type(self, "backend", str)
         check_type(self, "packing_format", str)
         check_objects(self, "extra_config")
+        for name in self.tuning:
+            check_type(self, name, int, None)
+            if (getattr(self, name) or 0) < 0:
+                raise refuse(self, name, "it cannot be negative")
 
     def per_module(self, settings: Mapping[str, QuantizationConfigMixin | None]) -> QuantizationConfigMixin:
         made = type(self).from_dict(self.to_dict())
@@ -175,7 +193,9 @@ class AutoRoundQuantizer(HfQuantizer):
     calibrated_algorithm = "autoround"
 
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
-        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        # what was run is written into the configuration, and the caller's may be used for another model
+        given = quantization_config if pre_quantized else copy.deepcopy(quantization_config)
+        super().__init__(given, pre_quantized=pre_quantized, **kwargs)
         self.original: HfQuantizer | None = None
         config = self.quantization_config
         if (
@@ -216,12 +236,20 @@ class AutoRoundQuantizer(HfQuantizer):
             if slot.module in (config.extra_config or {}) and slot.parameter not in {*tied, *tied.values()}:
                 self.skip_reasons.pop(slot.module, None)
         self._choose_format()
-        self.steps = config.extra_fields.get("iters") or TUNING_STEPS
-        config.extra_fields["iters"] = 0  # what was run: no tuning, unless `calibration_options` are asked for
+        self.steps = TUNING_STEPS if config.iters is None else config.iters
+        config.iters = 0  # what was run: no tuning, unless `calibration_options` are asked for
 
     def calibration_options(self) -> dict[str, Any]:
-        self.quantization_config.extra_fields["iters"] = self.steps
-        return {"steps": self.steps}
+        config = self.quantization_config
+        if self.steps == 0:
+            raise ConfigError(
+                "AutoRoundConfig: iters is 0, which is no tuning, and there is calibration data to tune with. Leave one out"
+            )
+        config.iters = self.steps
+        return {"steps": self.steps, **({"batch": config.batch_size} if config.batch_size else {})}
+
+    def calibration_size(self) -> tuple[int | None, int | None]:
+        return self.quantization_config.nsamples, self.quantization_config.seqlen
 
     steps = 0
 

@@ -174,6 +174,9 @@ class GptqHfQuantizer(HfQuantizer):
         order = "columns" if config.desc_act else "groups" if config.act_group_aware else "natural"
         return {"damp": config.damp_percent, "order": order}
 
+    def calibration_size(self) -> tuple[int | None, int | None]:
+        return None, self.quantization_config.model_seqlen
+
     def __init__(self, quantization_config: QuantizationConfigMixin, *, pre_quantized: bool = True, **kwargs: Any):
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         if not pre_quantized:

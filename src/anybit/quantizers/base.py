@@ -282,6 +282,10 @@ class HfQuantizer:
         """Options of `calibrated_algorithm` that the configuration sets."""
         return {}
 
+    def calibration_size(self) -> tuple[int | None, int | None]:
+        """(rows, tokens of a row) of calibration text that the configuration asks for; None where it does not say."""
+        return None, None
+
     def rotate_inputs(self, modules: Sequence[str], size: int) -> None:
         """The inputs of these modules are to be multiplied by Hadamard matrices of `size` at run time; their weights are.
 
