@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit import algorithms
 from anybit.containers.info import TensorInfo
-from anybit.errors import CalibrationNeeded, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
+from anybit.errors import CalibrationNeeded, CorruptFile, MissingTensor, NotRepresentable, ShapeMismatch
 from anybit.kernels.reference import multiply
 from anybit.methods._fp8_layouts import Fp4ExpertLayout, Fp8Layout
 from anybit.methods._scaled_floats import Inputs
@@ -190,7 +190,7 @@ def test_static_scales_are_measured(tmp_path: Path) -> None:
     assert torch.allclose(scale, seen[0].float().abs().max() / 448, rtol=1e-6)
     for block in (None, [1, 32]):
         config = FineGrainedFP8Config(activation_scheme="static", weight_block_size=block)
-        with pytest.raises(InvalidOption, match=r"ModelOptConfig\(quant_algo='FP8'\)"):
+        with pytest.raises(NotRepresentable, match=r"ModelOptConfig\(quant_algo='FP8'\)"):
             anybit.plan(tmp_path / "dense", config)
 
 

@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit import algorithms
 from anybit.containers.info import TensorInfo
-from anybit.errors import CalibrationNeeded, ConfigError, CorruptFile, InvalidOption, MissingTensor, ShapeMismatch
+from anybit.errors import (
+    CalibrationNeeded,
+    ConfigError,
+    CorruptFile,
+    InvalidOption,
+    MissingTensor,
+    NotRepresentable,
+    ShapeMismatch,
+)
 from anybit.kernels.reference import multiply
 from anybit.methods import _quark_layouts as layouts
 from anybit.methods import _quark_states as states
@@ -534,7 +542,7 @@ def test_what_only_data_tells_is_refused_with_a_cure() -> None:
         create(global_quant_config={})
     with pytest.raises(InvalidOption, match="AwqConfig"):
         create(quant_method="awq", bits=4, export={})
-    with pytest.raises(InvalidOption, match="fake_quantized"):
+    with pytest.raises(NotRepresentable, match="fake_quantized"):
         create(global_quant_config=weight, export={"weight_format": "fake_quantized"})
     with pytest.raises(InvalidOption, match="no code below zero"):
         made(torch.ones(8, 32), specification("uint4", "per_channel"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
-from anybit.errors import InvalidOption
+from anybit.errors import NotRepresentable
 from anybit.methods._activations import TOP
 from anybit.methods._float_evidence import (
     FLOATS,
@@ -202,9 +202,9 @@ def layout_for(quantizer: Any, module: ModuleInfo) -> Layout | None:
 
 
 def _static(module: ModuleInfo, block: Block, own: str) -> Inputs:
-    """Inputs under a scale that is measured; InvalidOption where transformers would not use it."""
+    """Inputs under a scale that is measured; NotRepresentable where transformers would not use it."""
     if block in (WHOLE, MX):
-        raise InvalidOption(
+        raise NotRepresentable(
             f"{module.name}: activation_scheme is 'static', which transformers' kernels ignore where a weight has one scale, and "
             "refuse for groups of 32. Use blocks such as [128, 128], or ModelOptConfig(quant_algo='FP8'), which stores one scale "
             "of the weight and one of its input"

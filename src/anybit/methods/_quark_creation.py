@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from anybit.errors import CalibrationNeeded, InvalidOption
+from anybit.errors import CalibrationNeeded, InvalidOption, NotRepresentable
 from anybit.methods import _quark_floats as floats
 from anybit.methods import _quark_integers as integers
 from anybit.methods import _quark_states as states
@@ -20,7 +20,7 @@ SCALE_TYPES = ("float32", "float16", "bfloat16")
 
 
 def refuse(config: Any) -> None:
-    """CalibrationNeeded where the configuration asks for an algorithm on data, InvalidOption for what is not made."""
+    """CalibrationNeeded where the configuration asks for an algorithm on data; else what is wrong with it."""
     if config.custom_mode == "awq":
         raise InvalidOption(
             "QuarkConfig: quant_method 'awq' writes AutoAWQ's tensors; make them with AwqConfig (--method awq)"
@@ -41,7 +41,7 @@ def refuse(config: Any) -> None:
             f"{'it' if len(asked) == 1 else 'them'} out"
         )
     if (config.export or {}).get("weight_format") == "fake_quantized":
-        raise InvalidOption(
+        raise NotRepresentable(
             "QuarkConfig: export.weight_format is 'fake_quantized', which keeps weights dense; use 'real_quantized'"
         )
     found = config.custom_mode == "fp8"

@@ -78,13 +78,14 @@ class ModelOptConfig(_KeepsSpelling):
     side_files: ClassVar[tuple[str, ...]] = (FILE,)
     targets: ClassVar[tuple[str, ...]] = ("vllm",)
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "modelopt-fp8": {"quant_algo": "FP8"},
-        "modelopt-nvfp4": {"quant_algo": "NVFP4"},
         "modelopt-fp8-pc": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         "modelopt-fp8-pb": {"quant_algo": "fp8_pb_wo"},
         "modelopt-mxfp8": {"quant_algo": "MXFP8"},
         "modelopt-w4a16-nvfp4": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
         "modelopt-w4a16-int4": {"quant_algo": "W4A16_AWQ", "group_size": 128},
+        # with calibration data
+        "modelopt-fp8": {"quant_algo": "FP8"},
+        "modelopt-nvfp4": {"quant_algo": "NVFP4"},
         "modelopt-w4a8-awq": {"quant_algo": "W4A8_AWQ", "group_size": 128},
         "modelopt-w8a8-sq": {"quant_algo": "W8A8_SQ_PER_CHANNEL"},
     }
