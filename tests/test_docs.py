@@ -69,7 +69,10 @@ def test_every_method_has_a_page(generate: ModuleType) -> None:
 
 def test_pages_say_how_it_is_made_and_stored(generate: ModuleType) -> None:
     page = generate.pages()["methods/gptq.md"]
-    assert "--scheme gptq-" in page
+    assert "--scheme gptq-4bit-" in page, "the usual choice, not the first of the list"
+    assert "Programs that read it besides this one: transformers, vllm." in page
+    assert re.search(r"\| `gptq-2bit-g64` \| 0\.\d+ \| heavy loss \|", page)
+    assert "| `int8` |" not in generate.pages()["methods/bitsandbytes_4bit.md"]
     assert "qweight int32" in page
     assert "| `desc_act` | `False` |" in page
 

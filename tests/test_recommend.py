@@ -136,6 +136,8 @@ class TestWishes:
         assert found.choices
         assert all("mlx" in one.targets and one.trainable for one in found.choices)
         assert named(found)["nf4"].obstacle == "mlx does not read it"
+        files = recommend(MODEL, memory="8GB", device="cpu", target="llama.cpp")
+        assert {one.method for one in files.choices} == {"gguf"}
         assert any("512 positions" in note for note in found.assumptions)
 
     def test_the_cache_counts(self):
