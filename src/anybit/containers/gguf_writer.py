@@ -114,10 +114,8 @@ class GgufWriter:
             self._put(name, place, place.make(tensor) if place.make is not None else tensor)
 
     def _put(self, name: str, place: Placed, tensor: Tensor) -> None:
-        shape = self.bundled.tensors[place.target][1]
-        self._file_of[place.target].put(
-            place.target, tensor, place.part, shape[0] if place.part is not None else 1, name
-        )
+        parts = 1 if place.part is None else place.parts or self.bundled.tensors[place.target][1][0]
+        self._file_of[place.target].put(place.target, tensor, place.part, parts, name)
         self._missing[place.target] -= 1
 
     def sync(self) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F32"}
+# names of the number of experts in configurations
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 OTHERWISE = (
     "Keep the blocks in safetensors instead: load the model with this configuration and save it with save_pretrained"
 )
@@ -36,11 +38,7 @@ def architecture_of(model_type: str) -> tuple[str, Architecture] | None:
     """GGUF's name of a model type, and its words; None for one that is not written."""
     if model_type == "mixtral":
         return "llama", MIXTRAL
-    for name, found in ARCHITECTURES.items():
-        # stacks that are cut differently in transformers would have to be taken apart
-        if found.model_type == model_type and not (found.interleaved or found.pieces or found.transposed):
-            return name, found
-    return None
+    return next(((name, found) for name, found in ARCHITECTURES.items() if found.model_type == model_type), None)
 
 
 class Names:
@@ -48,20 +46,52 @@ class Names:
 
     def __init__(self, architecture: Architecture):
         self._plain: dict[str, str] = {}
+        self._piece: dict[str, tuple[int, int]] = {}
         for own, target in architecture.names.items():
             if "{e}" not in own:
-                self._plain.setdefault(target.lstrip("="), own)
+                self._plain.setdefault(target.replace("=", ""), own)
+        for (first, _), target in architecture.interleaved.items():
+            self._plain[target.replace("=", "")] = f"blk.{{n}}.{first}"
+        for own, targets in architecture.pieces.items():
+            for place, target in enumerate(targets):
+                self._plain[target] = f"blk.{{n}}.{own}"
+                self._piece[target] = place, len(targets)
 
     def find(self, module: str) -> tuple[str, int | None] | None:
         """`model.layers.3.mlp.experts.5.up_proj` -> ("blk.3.ffn_up_exps", 5)."""
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
-        for form in ("{n}", "{e}"):
-            module = re.sub(r"(?<=\.)\d+(?=\.|$)", form, module, count=1)
-        own = self._plain.get(module)
+        form, numbers = _form(module)
+        own = self._plain.get(form)
         if own is None:
             return None
         expert = int(numbers[1]) if len(numbers) > 1 else None
         return (own.format(n=numbers[0]) if numbers else own), expert
+
+    def piece(self, module: str) -> tuple[int, int] | None:
+        """Of a module that is a part of a GGUF matrix: which, of how many."""
+        return self._piece.get(_form(module)[0])
+
+
+def _form(module: str) -> tuple[str, list[str]]:
+    """With {n} and {e} for the numbers."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
+    for form in ("{n}", "{e}"):
+        module = re.sub(r"(?<=\.)\d+(?=\.|$)", form, module, count=1)
+    return module, numbers
+
+
+# names that some classes have of their own for the same settings
+OTHER_NAMES = {
+    "num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
+
+
+def standard(settings: Settings) -> dict[str, Any]:
+    """With transformers' most common names beside a class's own."""
+    found = {name: settings[other] for name, other in OTHER_NAMES.items() if other in settings and name not in settings}
+    if "n_embd" in settings:
+        found["n_inner"] = found["intermediate_size"] = settings.get("n_inner") or 4 * settings["n_embd"]
+    return {**settings, **found}
 
 
 def bundled(
@@ -81,6 +111,7 @@ def bundled(
             f"a {model_type!r} model cannot be written as a GGUF file; {', '.join(known)} can. {OTHERWISE}"
         )
     kind, architecture = found
+    settings = standard(settings)
     tensors, places = _tensors(settings, architecture, specs, mix)
     rows = tensors["token_embd.weight"][1][0] if "token_embd.weight" in tensors else 0
     values: dict[str, Any] = {
@@ -120,9 +151,8 @@ def _tensors(
     places: dict[str, tuple[Placed, ...]] = {}
     experts: dict[str, set[int]] = {}
     for source, (dtype, shape) in specs.items():
-        module, _, own = source.rpartition(".")
+        module, own, block = _parted(source, dtype, names)
         where = names.find(module)
-        block = own.upper() if own.upper() in BY_NAME and dtype == "uint8" else ""
         if settings.get("tie_word_embeddings") and where == ("output", None):
             places[source] = ()  # llama.cpp takes the embedding
             continue
@@ -131,30 +161,63 @@ def _tensors(
                 f"tensor {source!r} has no name in a GGUF file of {architecture.model_type!r}. Vision towers, adapters and other "
                 f"parts beside the language model are not written. {OTHERWISE}"
             )
-        module, expert = where
-        target = f"{module}.{'bias' if own == 'bias' else 'weight'}"
-        if block:
-            kind, logical = block, (*shape[:-1], shape[-1] // BY_NAME[block].bytes * BY_NAME[block].elements)
-        else:
-            kind, logical = _dense_type(target, dtype, shape, mix), shape
-        make = _make(settings, architecture, module.rpartition(".")[2], own, None if block else BY_NAME[kind].dtype)
-        places[source] = (Placed(target, expert, make),)
-        if expert is None:
-            tensors[target] = kind, logical
-            continue
-        count = int(settings.get("num_local_experts") or settings.get("num_experts") or 0)
-        experts.setdefault(target, set()).add(expert)
-        whole = kind, (count, *logical)
-        if tensors.setdefault(target, whole) != whole:
-            raise ConfigError(
-                f"the experts of {target!r} would be {tensors[target]} and {whole}; a GGUF file has one type for all of them"
-            )
+        place, expert = where
+        head, _, kind_of = place.rpartition(".")
+        turned = kind_of in architecture.transposed and own == "weight" and not block and len(shape) > 1
+        if turned:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        twin = next((two for one, two in architecture.interleaved if one == kind_of), None)
+        if twin is not None:  # rows by turns
+            shape = (shape[0], shape[1] // 2, *shape[2:])
+        made: list[Placed] = []
+        for number, name in enumerate([kind_of] if twin is None else [kind_of, twin]):
+            target = f"{head}.{name}.{own}" if head else f"{name}.{own}"
+            if block:
+                kind, logical = block, (*shape[:-1], shape[-1] // BY_NAME[block].bytes * BY_NAME[block].elements)
+            else:
+                kind, logical = _dense_type(target, dtype, shape, mix), shape
+            piece = names.piece(module)
+            make = _make(settings, architecture, kind_of, own, None if block else BY_NAME[kind].dtype)
+            if turned or twin is not None:
+                make = functools.partial(_cut, turned, number if twin is not None else None, make)
+            if piece is not None:
+                made.append(Placed(target, piece[0], make, piece[1]))
+                logical = (logical[0] * piece[1], *logical[1:])
+            else:
+                made.append(Placed(target, expert, make))
+            if expert is None:
+                if tensors.setdefault(target, (kind, logical)) != (kind, logical):
+                    raise ConfigError(
+                        f"the parts of {target!r} would be {tensors[target]} and {(kind, logical)}; a GGUF file holds them "
+                        "in one tensor, so they must be alike"
+                    )
+                continue
+            count = next((int(settings[key]) for key in EXPERTS if settings.get(key)), 0)
+            experts.setdefault(target, set()).add(expert)
+            whole = kind, (count, *logical)
+            if tensors.setdefault(target, whole) != whole:
+                raise ConfigError(
+                    f"the experts of {target!r} would be {tensors[target]} and {whole}; a GGUF file has one type for all of them"
+                )
+        places[source] = tuple(made)
     for target, numbers in experts.items():
         if numbers != set(range(tensors[target][1][0])):
             raise ConfigError(
                 f"{target!r} holds {tensors[target][1][0]} experts, but {len(numbers)} are in the checkpoint"
             )
     return tensors, places
+
+
+def _parted(source: str, dtype: str, names: Names) -> tuple[str, str, str]:
+    """Module, "weight" or "bias", and the block type of a stored tensor, "" for a dense one."""
+    if names.find(source) is not None:  # a parameter of its own
+        return source, "weight", ""
+    if source.endswith("_bias") and names.find(source.removesuffix("_bias")) is not None:
+        return source.removesuffix("_bias"), "bias", ""
+    module, _, own = source.rpartition(".")
+    if own.upper() in BY_NAME and dtype == "uint8":
+        return module, "weight", own.upper()
+    return module, own, ""
 
 
 def _dense_type(target: str, dtype: str, shape: tuple[int, ...], mix: str) -> str:
@@ -174,6 +237,13 @@ def _make(
         if module == "attn_k":
             heads = int(settings.get("num_key_value_heads") or heads)
     return functools.partial(_changed, heads, module in architecture.shifted and own == "weight", dtype)
+
+
+def _cut(turned: bool, half: int | None, then: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """[.., in, out] -> [.., out, in]; every other row of a stack, from `half` on."""
+    if turned:
+        tensor = tensor.transpose(-1, -2)
+    return then(tensor[:, half::2].contiguous() if half is not None else tensor.contiguous())
 
 
 def _changed(heads: int, shift: bool, dtype: str | None, tensor: Tensor) -> Tensor:
@@ -196,12 +266,12 @@ KEYS: dict[str, tuple[str, ...]] = {
     "feed_forward_length": ("intermediate_size",),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
-    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_count": EXPERTS,
     "expert_used_count": ("num_experts_per_tok",),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("norm_epsilon", "layer_norm_eps", "norm_eps"),
+    "attention.layer_norm_epsilon": ("norm_epsilon", "layer_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "attention.sliding_window": ("sliding_window",),
@@ -291,8 +361,8 @@ FREE = {
     "pad_token_id",
     "bos_token_id", "eos_token_id", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     "max_window_layers", "use_sliding_window", "embedding_dropout", "residual_dropout", "attention_dropout", "hidden_dropout",
-    "resid_pdrop", "embd_pdrop", "rope_theta", "rope_scaling", "use_bidirectional_attention", "cache_implementation",
-    "quantization_config", "decoder_sparse_step", "intermediate_size", "hidden_act", "hidden_activation",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "rope_theta", "rope_scaling", "use_bidirectional_attention",
+    "cache_implementation", "quantization_config", "decoder_sparse_step", "intermediate_size", "hidden_act", "hidden_activation",
 }  # fmt: skip
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "swish": "silu"}
 

@@ -36,8 +36,6 @@ CREATED = (
     "MXFP4", "NVFP4", "Q1_0", "Q2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
 )  # fmt: skip
 DEFAULT = "Q4_K_M"
-# names of the number of experts in configurations
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @register_quantization_config("gguf")
@@ -209,7 +207,7 @@ class GgufHfQuantizer(HfQuantizer):
         self._facts = None
         if self.pre_quantized:
             return
-        from anybit.methods._gguf_file import Names, architecture_of
+        from anybit.methods._gguf_file import EXPERTS, Names, architecture_of, standard
         from anybit.methods._gguf_mixes import Facts
 
         if self.quantization_config.imatrix is not None and self._importance is None:
@@ -218,6 +216,7 @@ class GgufHfQuantizer(HfQuantizer):
         found = architecture_of(str(settings.get("model_type")))
         if found is None:  # such a model is never written to a file, but its layers may have blocks
             return
+        settings = standard(settings)
         heads = int(settings["num_attention_heads"])
         self._names = Names(found[1])
         self._facts = Facts(
@@ -276,7 +275,7 @@ class GgufHfQuantizer(HfQuantizer):
         where = self._names.find(module.name) if self._facts is not None else None
         name = f"{where[0]}.weight" if where is not None else None
         expert = where[1] if where is not None else None
-        kind = self._type_of(module, name, expert is not None)
+        kind = self._type_of(module, name, expert is not None or len(module.shape) == 3)
         if kind is None:
             return None
         config, (mix, block_type) = self.quantization_config, self._wanted(module)

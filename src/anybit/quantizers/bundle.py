@@ -50,14 +50,15 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a tensor of a checkpoint goes in a bundle: to `target`, whole or as entry `part` of its first axis.
+    """Where a tensor of a checkpoint goes in a bundle: to `target`, whole or as part number `part` of its first axis.
 
-    `make`: what to do with it before (default: its bytes as they are).
+    `parts`: how many there are, each of the same size; None: each entry of the axis is one. `make`: what to do with it before (default: its bytes as they are).
     """
 
     target: str
     part: int | None = None
     make: Callable[[Tensor], Tensor] | None = None
+    parts: int | None = None
 
 
 @dataclass(frozen=True)
