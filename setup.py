@@ -45,6 +45,9 @@ VARIANTS = {
 }
 
 
+DRIVERS = ["driver.cpp", "encode_driver.cpp", "sparse.cpp", "threads.cpp"]
+
+
 def _files(variant: str) -> list[str]:
     """Source files of one variant."""
     return [path.name for path in sorted(SOURCES.glob(f"*_{variant}.cpp"))]
@@ -99,7 +102,7 @@ class OptionalNative(build_ext):
                 except Exception as error:
                     self.warn(f"anybit: no {name} kernels, the compiler cannot build them ({error})")
         macros = [(f"ANYBIT_WITH_{name.upper()}", "1") for name in found]
-        objects += self._compile(folder, [*_files("scalar"), "driver.cpp", "sparse.cpp", "threads.cpp"], common, macros)
+        objects += self._compile(folder, [*_files("scalar"), *DRIVERS], common, macros)
         target.parent.mkdir(parents=True, exist_ok=True)
         # linked beside the target and moved over it: a process that has the old library loaded keeps it
         with tempfile.TemporaryDirectory(dir=target.parent) as beside:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tests of the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc).
+# The tests of the native CPU kernels and encoders under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc).
 #     PYTHON=.venv/bin/python tests/sanitize_cpu_kernels.sh [pytest arguments]
 # The package is copied and built elsewhere; the library of this folder stays as it is.
 set -eu
@@ -20,4 +20,4 @@ test -f src/anybit/kernels/cpu/libanybit_cpu.so
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$copy/src" OMP_NUM_THREADS=2
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_encoders.py "$@"

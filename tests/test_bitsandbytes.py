@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from anybit import algorithms
-from anybit.algorithms import absmax
+from anybit.algorithms import _loops, absmax
 from anybit.errors import CorruptFile, InvalidOption, MissingTensor, NoKernel, NotRepresentable, ShapeMismatch
 from anybit.kernels.reference import multiply
 from anybit.methods._bnb_4bit import Bnb4BitLayout, QuantState
@@ -149,7 +149,7 @@ def test_every_level_boundary_falls_as_in_a_search():
     """The step table must agree with a binary search around each middle, float by float."""
     for name in ("nf4", "fp4_bnb"):
         table = levels.table(name)
-        nearest = absmax._Nearest(table, name)
+        nearest = _loops._Nearest(*absmax._middles(name, "cpu"))
         order = torch.argsort(table, stable=True)
         near = nearest.middles.view(torch.int32)[:, None] + torch.arange(-50, 51, dtype=torch.int32)
         numbers = torch.cat(

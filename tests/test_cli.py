@@ -199,6 +199,7 @@ class TestResults:
         assert data["versions"]["torch"] == torch.__version__
         assert any(kernel["name"] == "reference" and kernel["unavailable"] is None for kernel in data["kernels"])
         assert all("pip install 'anybit[" in item["install"] for item in data["missing"])
+        assert data["encoders"]["cpu"].startswith(("native, ", "torch: "))
 
 
 class TestErrors:

@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # names in annotations and file names looked up at run time: (from, to)
 ANNOTATIONS = {("quantizers", "weight")}
-BY_NAME = {("quantizers", "methods")}  # the registry scans the folder; nothing in it is named
+# the registries scan the folder; nothing in it is named
+BY_NAME = {("quantizers", "methods"), ("weight", "kernels")}
 
 MODULE_IN_STRING = re.compile(r"anybit\.[a-z_]+(\.[a-z_0-9]+)*")
 

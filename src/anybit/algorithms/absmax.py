@@ -7,19 +7,19 @@ rounded by way of a table of 65536 steps, not to the nearest entry of their map.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anybit.algorithms._loops import SMALLEST, cast, integer_codes, row_largest, table_blocks
 from anybit.errors import NotRepresentable
 from anybit.weight import levels, nodes, packing
 from anybit.weight.nodes import Node
-from anybit.weight.weight import Weight, row_chunks
+from anybit.weight.weight import Weight
 
-CHUNK = 1 << 18  # weights worked on at once: temporaries of 1 MB stay in the cache
-SMALLEST = 1e-38  # a scale of zero is taken for this one
 STEPS = 65536  # of the table that finds the code of a nested scale
 
 
@@ -31,7 +31,7 @@ def quantize(dense: Tensor, target: Weight, *, through: str | None = None, neste
     """
     tree, turned = (target.tree.child, True) if isinstance(target.tree, nodes.Transpose) else (target.tree, False)
     source = dense.transpose(-1, -2) if turned else dense
-    casts = [getattr(torch, name) for name in (target.dtype, through) if name is not None]
+    casts = tuple(getattr(torch, name) for name in (target.dtype, through) if name is not None)
     match tree:
         case nodes.Scaled(child=nodes.Grid(levels=None, codes=nodes.Codes(signed=True), scale=nodes.Values())):
             filled: Node = _rows(source, tree, casts)
@@ -44,13 +44,7 @@ def quantize(dense: Tensor, target: Weight, *, through: str | None = None, neste
     return Weight(nodes.Transpose(filled) if turned else filled, target.dtype, target.activation)
 
 
-def _cast(piece: Tensor, casts: list[torch.dtype]) -> Tensor:
-    for dtype in casts:
-        piece = piece.to(dtype)
-    return piece
-
-
-def _check_finite(scales: Tensor, casts: list[torch.dtype]) -> None:
+def _check_finite(scales: Tensor, casts: tuple[torch.dtype, ...]) -> None:
     bad = ~torch.isfinite(scales)
     if bool(bad.any()):
         raise NotRepresentable(
@@ -62,67 +56,49 @@ def _check_finite(scales: Tensor, casts: list[torch.dtype]) -> None:
 # --- blocks of a value table ---------------------------------------------------------------------------------------------
 
 
-def _blocks(dense: Tensor, tree: Any, casts: list[torch.dtype], nested_block: int) -> Node:
+def _blocks(dense: Tensor, tree: Any, casts: tuple[torch.dtype, ...], nested_block: int) -> Node:
     grid: Any = tree.child if isinstance(tree, nodes.View) else tree
-    find = _Nearest(levels.table(str(grid.levels), str(dense.device)), str(grid.levels))
+    middles, order = _middles(str(grid.levels), str(dense.device))
     matrices = dense if dense.dim() == 3 else dense[None]
     weights, size = matrices[0].numel(), grid.block[1]
     packed = torch.empty(len(matrices), (weights + 1) // 2, dtype=torch.uint8, device=dense.device)
     scales = torch.empty(len(matrices), -(-weights // size), dtype=torch.float32, device=dense.device)
-    step = max(CHUNK // (2 * size), 1) * 2 * size
+    whole = weights // (2 * size) * 2 * size  # so that what is left starts on a byte
     for matrix, own_codes, own_scales in zip(matrices, packed, scales):
         flat = matrix.reshape(-1)
-        for start in range(0, weights, step):
-            piece = _cast(flat[start : start + step], casts).to(torch.float32)
-            numbers = _scaled(piece, size, own_scales[start // size : -(-(start + len(piece)) // size)], casts)
-            numbers = torch.nn.functional.pad(numbers, (0, len(numbers) % 2))  # the spare nibble holds the code of 0
-            own_codes[start // 2 : (start + len(numbers)) // 2] = packing.pack(find.codes(numbers), 4)
+        own_codes[: whole // 2], own_scales[: whole // size] = table_blocks(flat[:whole], size, middles, order, casts)
+        if whole < weights:
+            own_codes[whole // 2 :], own_scales[whole // size :] = _rest(flat[whole:], size, middles, order, casts)
+    _check_finite(scales, casts)
     codes = replace(grid.codes, packed=packed.view(grid.codes.packed.shape))
     filled = replace(grid, codes=codes, scale=_scale(scales, grid.scale, nested_block))
     return replace(tree, child=filled) if isinstance(tree, nodes.View) else filled
 
 
-def _scaled(piece: Tensor, size: int, scales: Tensor, casts: list[torch.dtype]) -> Tensor:
-    """Numbers in [-1, 1]; writes the blocks' scales."""
-    full = len(piece) // size
-    head, tail = piece[: full * size].view(full, size), piece[full * size :]
-    scales[:full] = head.abs().amax(1)
-    if len(tail):
-        scales[full] = tail.abs().max().clamp(min=SMALLEST)
-    _check_finite(scales, casts)
-    numbers = (head * (1.0 / scales[:full].clamp(min=SMALLEST))[:, None]).clamp_(-1, 1).view(-1)
-    return torch.cat([numbers, (tail / scales[full:]).clamp_(-1, 1)]) if len(tail) else numbers
+def _rest(
+    flat: Tensor, size: int, middles: Tensor, order: Tensor, casts: tuple[torch.dtype, ...]
+) -> tuple[Tensor, Tensor]:
+    """The last blocks: one may be whole, and a short one is divided by its scale."""
+    piece = cast(flat, casts).to(torch.float32)
+    parts, scales = [], []
+    for block in piece.split(size):
+        largest = block.abs().max()
+        own = largest.clamp(min=SMALLEST)
+        parts.append((block * (1.0 / own) if len(block) == size else block / own).clamp_(-1, 1))
+        scales.append(largest if len(block) == size else own)
+    numbers = torch.nn.functional.pad(torch.cat(parts), (0, len(piece) % 2))  # the spare nibble holds the code of 0
+    codes = order.to(torch.uint8)[torch.bucketize(numbers, middles)]
+    return packing.pack(codes, 4), torch.stack(scales)
 
 
-class _Nearest:
-    """Codes of the nearest level; half way between two levels, the lower one.
-
-    [-1, 1] is cut into steps, and a table tells the code of each: five times faster than a binary search. The few numbers
-    that share a step with the middle of two levels are searched for.
-    """
-
-    STEPS, UNSURE = 4096, 255
-
-    def __init__(self, table: Tensor, name: str):
-        if float(table.abs().max()) != 1.0:
-            raise NotRepresentable(f"absmax scales to levels between -1 and 1, and those of {name!r} go further")
-        order = torch.argsort(table, stable=True)
-        self.middles = (table[order[:-1]] + table[order[1:]]) / 2
-        self.order = order.to(torch.uint8)
-        steps = torch.arange(self.STEPS + 1, dtype=torch.int32, device=table.device)
-        places = self._step(self.middles)  # rounding keeps the order, so a later step is a larger number
-        self.code_of_step = self.order.index_select(0, torch.searchsorted(places, steps, out_int32=True))
-        self.code_of_step[places.long()] = self.UNSURE
-
-    def _step(self, numbers: Tensor) -> Tensor:
-        return ((numbers + 1) * (self.STEPS / 2)).to(torch.int32)
-
-    def codes(self, numbers: Tensor) -> Tensor:
-        """uint8 codes of numbers between -1 and 1."""
-        codes = self.code_of_step.index_select(0, self._step(numbers))
-        unsure = (codes == self.UNSURE).nonzero()[:, 0]
-        codes[unsure] = self.order[torch.bucketize(numbers[unsure], self.middles)]
-        return codes
+@functools.lru_cache(maxsize=8)
+def _middles(name: str, device: str) -> tuple[Tensor, Tensor]:
+    """Half ways between the levels of a table, and its codes, both by ascending level."""
+    table = levels.table(name, device)
+    if float(table.abs().max()) != 1.0:
+        raise NotRepresentable(f"absmax scales to levels between -1 and 1, and those of {name!r} go further")
+    order = torch.argsort(table, stable=True)
+    return (table[order[:-1]] + table[order[1:]]) / 2, order
 
 
 # --- scales of scales ----------------------------------------------------------------------------------------------------
@@ -154,17 +130,23 @@ def _scale(scales: Tensor, like: Node | None, nested_block: int) -> Node:
 def nested(scales: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """float32 scales [n] -> (codes uint8 [n], a scale for each block, their common offset, the table of the codes)."""
     middle = scales.mean()
-    table = dynamic_map().to(scales.device)
+    table, code_of_step = _nested_codes(str(scales.device))
     count = -(-len(scales) // block)
     apart = torch.nn.functional.pad(scales - middle, (0, count * block - len(scales))).view(count, block)
     largest = apart.abs().amax(1)
     numbers = (apart * (1.0 / largest)[:, None]).clamp_(-1, 1)
     steps = ((numbers + 1) * 0.5 * (STEPS - 1) + 0.5).to(torch.int32)
-    places = torch.arange(STEPS, device=scales.device)
-    code_of_step = torch.bucketize(-1.0 + (2.0 * places) / (STEPS - 1), (table[:-1] + table[1:]) * 0.5)
-    codes = code_of_step.to(torch.uint8).index_select(0, steps.clamp_(0, STEPS - 1).view(-1)).view(count, block)
+    codes = code_of_step.index_select(0, steps.clamp_(0, STEPS - 1).view(-1)).view(count, block)
     codes[largest == 0] = 0
     return codes.view(-1)[: len(scales)], largest, middle, table
+
+
+@functools.lru_cache(maxsize=4)
+def _nested_codes(device: str) -> tuple[Tensor, Tensor]:
+    """The dynamic map, and the code of each of the steps between -1 and 1."""
+    table = dynamic_map().to(device)
+    places = torch.arange(STEPS, device=device)
+    return table, torch.bucketize(-1.0 + (2.0 * places) / (STEPS - 1), (table[:-1] + table[1:]) * 0.5).to(torch.uint8)
 
 
 def dynamic_map() -> Tensor:
@@ -189,20 +171,27 @@ def dynamic_map() -> Tensor:
 # --- rows of integers ----------------------------------------------------------------------------------------------------
 
 
-def _rows(dense: Tensor, tree: Any, casts: list[torch.dtype]) -> Node:
+def _rows(dense: Tensor, tree: Any, casts: tuple[torch.dtype, ...]) -> Node:
     grid = tree.child
     matrices = dense if dense.dim() == 3 else dense[None]
     rows, columns = matrices.shape[1:]
-    top = float((1 << (grid.codes.bits - 1)) - 1)
+    top = (1 << (grid.codes.bits - 1)) - 1
     scales = torch.empty(matrices.shape[:-1], dtype=torch.float32, device=dense.device)
     packed = torch.empty(grid.codes.packed.shape, dtype=torch.uint8, device=dense.device)
     for matrix, own_scales, own_codes in zip(matrices, scales, packed.view(len(matrices), rows, -1)):
-        for start, stop in row_chunks(rows, columns, CHUNK):
-            piece = _cast(matrix[start:stop], casts)
-            largest = piece.abs().amax(1).to(torch.float32)
-            own_scales[start:stop] = largest
-            codes = torch.round(piece * (top / largest)[:, None]).masked_fill_((largest == 0)[:, None], 0)
-            own_codes[start:stop] = packing.pack(codes.to(torch.int8).view(torch.uint8), grid.codes.bits)
+        largest = row_largest(matrix, columns, casts)
+        own_scales[:] = largest[:, 0]
+        factor = (float(top) / largest).masked_fill_(largest == 0, 0)
+        own_codes[:] = integer_codes(
+            matrix,
+            grid.codes.bits,
+            (1, columns),
+            (-top - 1, top),
+            factor,
+            arithmetic=torch.float32,
+            casts=casts,
+            multiply=True,
+        )
     _check_finite(scales, casts)
     filled = replace(
         grid,

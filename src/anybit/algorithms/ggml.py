@@ -22,6 +22,7 @@ from anybit.algorithms.ggml_search import KINDS as SEARCHED
 from anybit.algorithms.ggml_search import WEIGHTED, Fields
 from anybit.errors import InvalidOption, NotRepresentable, did_you_mean
 from anybit.weight import nodes
+from anybit.weight.encoders import encoder
 from anybit.weight.points import digit_places
 from anybit.weight.weight import Weight, row_chunks
 
@@ -45,18 +46,29 @@ def quantize(
     stacked = dense.reshape(-1, dense.shape[-2], columns)
     weights = _importance(importance, stacked)
     slots = _slots(target)
-    made: dict[str, Tensor] = {}
+    parts = []
     for number, matrix in enumerate(stacked):
         own = None if weights is None else weights[number]
         make: Any = WEIGHTED[kind] if own is not None and kind in WEIGHTED else MADE[kind]
-        for start, stop in row_chunks(matrix.shape[0], columns, CHUNK):
-            fields = _stored(kind, make(matrix[start:stop].to(torch.float32), own), slots)
-            for name, stored in fields.items():
-                if name not in made:
-                    made[name] = stored.new_empty(stacked.shape[0] * stacked.shape[1], stored.shape[-1])
-                made[name].view(len(stacked), -1, stored.shape[-1])[number, start:stop] = stored
-    made = {name: tensor.view(*dense.shape[:-1], tensor.shape[-1]) for name, tensor in made.items()}
+
+        def slowly(rows: Tensor, make: Any = make, own: Tensor | None = own) -> dict[str, Tensor]:
+            found = [
+                _stored(kind, make(rows[start:stop].to(torch.float32), own), slots)
+                for start, stop in row_chunks(rows.shape[0], columns, CHUNK)
+            ]
+            return {name: torch.cat([part[name] for part in found]) for name in slots}
+
+        parts.append(block_fields(matrix, kind, own, slowly))
+    made = parts[0] if dense.dim() == 2 else {name: torch.stack([part[name] for part in parts]) for name in slots}
     return Weight(_filled(target.tree, slots, made, columns), target.dtype, target.activation)
+
+
+@encoder("block_fields")
+def block_fields(
+    matrix: Tensor, kind: str, importance: Tensor | None, slowly: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The leaves of a matrix by name, as a weight keeps them; `slowly` makes them of any rows."""
+    return slowly(matrix)
 
 
 def _stored(kind: str, fields: Fields, slots: dict[str, Any]) -> dict[str, Tensor]:
@@ -201,8 +213,8 @@ def _range(bits: int) -> Callable[..., Fields]:
 
     def fields(rows: Tensor, importance: Tensor | None) -> Fields:
         blocks = _blocks(rows, 32)
-        lowest = blocks.amin(-1)
-        scale = (blocks.amax(-1) - lowest) / highest
+        lowest = blocks.amin(-1) + 0.0  # never -0.0
+        scale = (blocks.amax(-1) - lowest) / highest + 0.0
         codes = ((blocks - lowest[..., None]) * _reciprocal(scale) + 0.5).trunc().clamp(max=highest)
         return {"q": _integers(codes), "d": scale.to(torch.float16), "m": lowest.to(torch.float16)}
 

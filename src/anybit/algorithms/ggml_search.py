@@ -33,10 +33,37 @@ def _extreme(x: Tensor) -> Tensor:
     return x.gather(0, x.abs().argmax(0, keepdim=True))[0]
 
 
+def _sum(numbers: Tensor) -> Tensor:
+    """[elements, blocks] -> [blocks]: sixteen after one another, then the next sixteen; the same on every machine."""
+    total = torch.zeros_like(numbers[0])
+    for part in numbers.split(16):
+        own = part[0].clone()
+        for row in part[1:]:
+            own += row
+        total += own
+    return total
+
+
+def _root(numbers: Tensor) -> Tensor:
+    """Square roots, rounded correctly: torch's own of float32 are not on every machine."""
+    return numbers.to(torch.float64).sqrt_().to(torch.float32)
+
+
+def _sum_across(numbers: Tensor) -> Tensor:
+    """[..., n] -> [..., 1]: sixteen running sums, folded in halves."""
+    running = numbers.unflatten(-1, (-1, 16)).movedim(-2, 0)
+    total = torch.zeros_like(running[0])
+    for part in running:
+        total = total + part
+    for half in (8, 4, 2, 1):
+        total = total[..., :half] + total[..., half:]
+    return total
+
+
 def _refit(x: Tensor, wx: Tensor, w: Tensor, codes: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """sum w x q, sum w q q."""
-    first = torch.mul(wx, codes, out=room).sum(0)
-    return first, torch.mul(w, codes, out=room).mul_(codes).sum(0)
+    first = _sum(torch.mul(wx, codes, out=room))
+    return first, _sum(torch.mul(w, codes, out=room).mul_(codes))
 
 
 def symmetric(x: Tensor, w: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -98,15 +125,15 @@ def ranged(
     empty = high <= low
     width = torch.where(empty, 1.0, high - low)
     above = x - low  # fits are done from the minimum on: sums of small numbers
-    total, total_above = w.sum(0), (w * above).sum(0)
+    total, total_above = _sum(w), _sum(w * above)
     wa, codes, room = w * above, torch.empty_like(x), torch.empty_like(x)
-    energy = (wa * above).sum(0)
+    energy = _sum(wa * above)
 
     def error(scale: Tensor, offset: Tensor, sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """`offset`: minimum less `low`."""
         if absolute:
             torch.mul(codes, scale, out=room).add_(offset).sub_(above).abs_().mul_(w)
-            return room.sum(0)
+            return _sum(room)
         one, two, cross = sums
         return (
             energy + scale * (scale * two - 2 * cross + 2 * offset * one) + offset * (offset * total - 2 * total_above)
@@ -116,9 +143,9 @@ def ranged(
         """sum w q, sum w q q, sum w q x (x from the minimum on)."""
         torch.sub(above, start, out=codes).mul_(inverse).round_().clamp_(0, highest)
         torch.mul(w, codes, out=room)
-        one = room.sum(0)
-        two = room.mul_(codes).sum(0)
-        return one, two, torch.mul(wa, codes, out=room).sum(0)
+        one = _sum(room)
+        two = _sum(room.mul_(codes))
+        return one, two, _sum(torch.mul(wa, codes, out=room))
 
     inverse, offset = highest / width, torch.zeros_like(low)
     scale = 1 / inverse
@@ -155,7 +182,7 @@ def positive(x: Tensor, w: Tensor, highest: int) -> tuple[Tensor, Tensor]:
     for step in (0, *range(-4, 0), *range(1, 5)):
         inverse = (0.1 * step + highest) / largest
         codes = (x * inverse).round_().clamp_(max=highest)
-        error = (w * (x - codes / inverse).square_()).sum(0)
+        error = _sum(w * (x - codes / inverse).square_())
         if best is None:
             best = error
             continue
@@ -236,14 +263,13 @@ def _weights(rows: Tensor, importance: Tensor, over: int, factor: float) -> Tens
     """importance * sqrt(factor * mean square of `over` numbers + x * x), like rows."""
     groups = rows.unflatten(-1, (-1, over))
     square = groups * groups
-    return (importance.unflatten(-1, (-1, over)) * (factor * square.mean(-1, keepdim=True) + square).sqrt_()).flatten(
-        -2
-    )
+    mean = _sum_across(square) / over
+    return (importance.unflatten(-1, (-1, over)) * _root(factor * mean + square)).flatten(-2)
 
 
 def _half(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """As stored, and as read."""
-    stored = numbers.to(torch.float16)
+    """As stored, and as read; a zero is 0.0."""
+    stored = (numbers + 0.0).to(torch.float16)
     return stored, stored.to(torch.float32)
 
 
@@ -290,12 +316,12 @@ def _with_minimum(
         if importance is not None:
             w = _columns(_weights(rows, importance, 256, factor), width)
             scale, minimum, codes = ranged(x, w, highest, -0.9, 0.05, 36)
-            heavy = w.sum(0).view(-1, many).T
+            heavy = _sum(w).view(-1, many).T
             d, sc = positive(scale.view(-1, many).T.contiguous(), heavy, limit)
             dmin, mn = positive(minimum.view(-1, many).T.contiguous(), heavy, limit)
         else:
             absolute = highest == 3
-            w = x.abs() if absolute else x.abs() + (x * x).mean(0).sqrt_()
+            w = x.abs() if absolute else x.abs() + _root(_sum(x * x) / width)
             scale, minimum, codes = ranged(x, w, highest, *ladder, absolute=absolute)
             d, sc = _largest_first(scale.view(-1, many).T, limit)
             dmin, mn = _largest_first(minimum.view(-1, many).T, limit)
@@ -316,7 +342,7 @@ def _q3_k(rows: Tensor, importance: Tensor | None) -> Fields:
     if importance is not None:
         w = _columns(_weights(rows, importance, 256, 2.0), 16)
         scale, codes = symmetric(x, w, 4)
-        d, sc = symmetric(scale.view(-1, 16).T.contiguous(), w.sum(0).view(-1, 16).T, 32)
+        d, sc = symmetric(scale.view(-1, 16).T.contiguous(), _sum(w).view(-1, 16).T, 32)
         sc = sc - 32
     else:
         scale, codes = descent(x, 4)

@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
+from anybit.algorithms._loops import CHUNK, blocks, cast, over_rows, row_largest
 from anybit.errors import NotRepresentable
 from anybit.weight import levels as tables
 from anybit.weight import nodes, packing
+from anybit.weight.encoders import encoder
 from anybit.weight.weight import Weight, row_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CHUNK = 1 << 18  # weights worked on at once: temporaries of 1 MB stay in the cache
 
 ZEROS = ("signed", "below", "plain")
 # exponent bits, mantissa bits, largest finite value
@@ -121,25 +121,15 @@ def largest(matrix: Tensor, block: tuple[int, int], casts: tuple[torch.dtype, ..
     """
     rows, columns = matrix.shape
     down, across = min(block[0], rows), min(block[1], columns)
-    found = torch.zeros(-(-rows // down), -(-columns // across), device=matrix.device)
-    for start, stop in row_chunks(rows, columns, CHUNK):
-        piece = _cast(matrix[start:stop], casts).abs().to(torch.float32)
-        highest = torch.nn.functional.pad(piece, (0, -columns % across)).unflatten(1, (-1, across)).amax(-1)
-        if not bool(torch.isfinite(highest).all()):
-            row, column = torch.nonzero(~torch.isfinite(piece))[0].tolist()
-            raise NotRepresentable(
-                f"the weight holds {matrix[start + row, column].item()} at row {start + row}, column {column}, for which a "
-                "block has no scale. Mend the weight, or leave the module out"
-            )
-        own = (torch.arange(start, stop, device=matrix.device) // down)[:, None].expand_as(highest)
-        found.scatter_reduce_(0, own, highest, "amax")
-    return found
-
-
-def _cast(piece: Tensor, casts: tuple[torch.dtype, ...]) -> Tensor:
-    for dtype in casts:
-        piece = piece.to(dtype)
-    return piece
+    found = row_largest(matrix, across, casts)
+    if not bool(torch.isfinite(found).all()):
+        for start, stop in row_chunks(rows, columns, CHUNK):
+            for row, column in torch.nonzero(~torch.isfinite(cast(matrix[start:stop], casts)))[:1].tolist():
+                raise NotRepresentable(
+                    f"the weight holds {matrix[start + row, column].item()} at row {start + row}, column {column}, for which a "
+                    "block has no scale. Mend the weight, or leave the module out"
+                )
+    return over_rows(found, down, "amax")
 
 
 @dataclass(frozen=True)
@@ -223,20 +213,32 @@ def fill(
         by = found.divisor
     if by is None:
         by = found.scale if found.common is None else found.scale * found.common
-    packed = torch.empty(rows, packing.row_bytes(columns, grid.codes.bits), dtype=torch.uint8, device=matrix.device)
-    rounded = getattr(torch, quotient)
+    packed = small_float_codes(
+        matrix, grid.levels, grid.codes.bits, (down, across), by, multiply=not divide, casts=casts,
+        quotient=getattr(torch, quotient), ties=ties, zeros=zeros,
+    )  # fmt: skip
+    return replace(grid, codes=replace(grid.codes, packed=packed), scale=scale)
+
+
+@encoder("small_float_codes")
+def small_float_codes(
+    matrix: Tensor, levels: str, bits: int, block: tuple[int, int], by: Tensor, *, multiply: bool,
+    casts: tuple[torch.dtype, ...], quotient: torch.dtype, ties: str, zeros: str,
+) -> Tensor:  # fmt: skip
+    """Packed codes of matrix / by (0 where it is 0) or matrix * by, rounded to `quotient` first; loops as in _loops.py."""
+    rows, columns = matrix.shape
+    down, across = block
+    packed = torch.empty(rows, packing.row_bytes(columns, bits), dtype=torch.uint8, device=matrix.device)
     for start, stop in row_chunks(rows, columns, CHUNK):
-        piece = _cast(matrix[start:stop], casts).to(torch.float32)
-        own = by.index_select(0, torch.arange(start, stop, device=matrix.device) // down)
-        piece = torch.nn.functional.pad(piece, (0, -columns % across)).unflatten(1, (-1, across))
-        own = own.unsqueeze(-1)
-        numbers = (piece / own).masked_fill_(own == 0, 0) if divide else piece * own
-        numbers = numbers.flatten(1)[:, :columns].to(rounded)
-        if grid.levels == "e4m3" and (ties, zeros) == ("even", "signed"):
+        piece = blocks(cast(matrix[start:stop], casts).to(torch.float32), across)
+        own = by.index_select(0, torch.arange(start, stop, device=matrix.device) // down).unsqueeze(-1)
+        numbers = piece * own if multiply else (piece / own).masked_fill_(own == 0, 0)
+        numbers = numbers.flatten(1)[:, :columns].to(quotient)
+        if levels == "e4m3" and (ties, zeros) == ("even", "signed"):
             packed[start:stop] = e4m3(numbers).view(torch.uint8)
         else:
-            packed[start:stop] = packing.pack(codes(numbers, grid.levels, ties, zeros), grid.codes.bits)
-    return replace(grid, codes=replace(grid.codes, packed=packed), scale=scale)
+            packed[start:stop] = packing.pack(codes(numbers, levels, ties, zeros), bits)
+    return packed
 
 
 def _store_scale(node: nodes.Node, found: Scales) -> nodes.Node:

@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from anybit.algorithms._loops import integer_codes, row_largest
 from anybit.errors import NotRepresentable
-from anybit.weight import Codes, Grid, Values, Weight, packing
+from anybit.weight import Codes, Grid, Values, Weight
 from anybit.weight.weight import row_chunks
 
 NORM, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20
@@ -32,33 +33,31 @@ def quantize(dense: Tensor, target: Weight, *, shift: str = "extremes") -> Weigh
     `shift`: of "extremes" or "half-quadratic" (quanto's MaxOptimizer and HqqOptimizer), for fewer than 8 bits.
     """
     grid = _checked(dense, target, shift)
-    for start, stop in row_chunks(*dense.shape):
-        if not bool(torch.isfinite(dense[start:stop]).all()):
-            raise NotRepresentable(f"the weight is not finite near row {start}, which no code stands for; repair it")
-    filled = _rows(dense, grid) if grid.offset is None else _groups(dense, grid, shift)
+    largest = row_largest(dense, dense.shape[1])
+    if not bool(torch.isfinite(largest).all()):
+        row = int(torch.nonzero(~torch.isfinite(largest))[0, 0])
+        raise NotRepresentable(f"the weight is not finite in row {row}, which no code stands for; repair it")
+    filled = _rows(dense, grid, largest) if grid.offset is None else _groups(dense, grid, shift)
     return Weight(filled, target.dtype, target.activation)
 
 
 # --- 8 bits --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(dense: Tensor, grid: Grid) -> Grid:
+def _rows(dense: Tensor, grid: Grid, largest: Tensor) -> Grid:
     assert isinstance(grid.codes, Codes)
     assert isinstance(grid.scale, Values)
-    kind = FLOATS[str(grid.levels)] if grid.levels is not None else torch.int8
-    low, high, top = (
-        (-128, 127, 127)
-        if kind == torch.int8
-        else (torch.finfo(kind).min, torch.finfo(kind).max, torch.finfo(kind).max)
-    )
+    if grid.levels is None:
+        scales = largest.to(dense.dtype) / 127
+        packed = integer_codes(dense, 8, (1, dense.shape[1]), (-128, 127), scales, arithmetic=dense.dtype)
+        return replace(grid, codes=replace(grid.codes, packed=packed), scale=_stored(grid.scale, scales))
+    kind = FLOATS[str(grid.levels)]
+    top = torch.finfo(kind).max
+    scales = largest.to(dense.dtype) / top
     packed = torch.empty(dense.shape, dtype=torch.uint8, device=dense.device)
-    scales = torch.empty(dense.shape[0], 1, dtype=dense.dtype, device=dense.device)
     for start, stop in row_chunks(*dense.shape):
-        part = dense[start:stop]
-        scales[start:stop] = part.abs().amax(1, keepdim=True) / top
-        numbers = _divided(part, scales[start:stop])
-        numbers = torch.round(numbers) if kind == torch.int8 else numbers
-        packed[start:stop] = numbers.clamp(low, high).to(kind).view(torch.uint8)
+        numbers = _divided(dense[start:stop], scales[start:stop])
+        packed[start:stop] = numbers.clamp(-top, top).to(kind).view(torch.uint8)
     return replace(grid, codes=replace(grid.codes, packed=packed), scale=_stored(grid.scale, scales))
 
 
@@ -77,14 +76,11 @@ def _groups(dense: Tensor, grid: Grid, shift: str) -> Grid:
     chunks = row_chunks(*groups.shape)
     if shift == "half-quadratic":
         shifts = _refined(groups, scales, shifts, top, chunks)
-    packed = torch.empty(
-        codes.shape[0], packing.row_bytes(codes.columns, codes.bits), dtype=torch.uint8, device=dense.device
-    )
-    per_row = len(groups) // codes.shape[0]
-    for start, stop in row_chunks(codes.shape[0], codes.columns):
-        own = slice(start * per_row, stop * per_row)
-        chosen = _codes(groups[own], scales[own], shifts[own], top).to(torch.uint8)
-        packed[start:stop] = packing.pack(chosen.view(stop - start, codes.columns), codes.bits)
+    across = groups.shape[1]
+    packed = integer_codes(
+        groups.reshape(codes.shape), codes.bits, (1, across), (0, top), scales.view(codes.shape[0], -1),
+        arithmetic=dense.dtype, offset=-shifts.view(codes.shape[0], -1),
+    )  # fmt: skip
     return replace(
         grid, codes=replace(codes, packed=packed), scale=_stored(scale, scales), offset=_stored(offset, shifts)
     )

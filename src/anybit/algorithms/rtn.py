@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from anybit.algorithms._loops import integer_codes, over_rows, row_ranges
 from anybit.errors import NotRepresentable
-from anybit.weight import Codes, Crop, Grid, Node, Values, Weight, packing
+from anybit.weight import Codes, Crop, Grid, Node, Values, Weight
 from anybit.weight.nodes import map_tensors, tensors_of
 from anybit.weight.weight import row_chunks
 
@@ -132,70 +132,27 @@ def _matrix(dense: Tensor, grid: Grid, rule: Rule, how: _Rounding) -> Grid:
     first, last = how.limits or code_range(codes)
     # a whole zero point is added after rounding, as in most integer formats; another one before
     whole = not how.zero_first and found.zero is not None and bool((found.zero == found.zero.round()).all())
-    packed = torch.empty(rows, packing.row_bytes(columns, codes.bits), dtype=torch.uint8, device=dense.device)
-    for start, stop in row_chunks(rows, columns):
-        block = torch.arange(start, stop, device=dense.device) // down
-        origin = found.offset if found.origin is None else found.origin
-        scale, zero, offset = (_of_rows(part, block) for part in (found.scale, found.zero, origin))
-        numbers = _blocks(dense[start:stop].to(dtype), across)
-        numbers = numbers if offset is None else numbers - offset
-        numbers = numbers * (1 / scale) if how.reciprocal else numbers / scale
-        if zero is not None and not whole:
-            numbers += zero
-        _round_(numbers, how.ties)
-        if zero is not None and whole:
-            numbers += zero
-        chosen = numbers.clamp_(first, last).to(torch.int16 if codes.bits < 16 else torch.int32)
-        packed[start:stop] = packing.pack(chosen.flatten(1)[:, :columns], codes.bits)
+    origin = found.offset if found.origin is None else found.origin
+    packed = integer_codes(
+        dense, codes.bits, (down, across), (first, last), 1 / found.scale if how.reciprocal else found.scale,
+        arithmetic=dtype, zero=found.zero, offset=origin, multiply=how.reciprocal, zero_after=whole, ties=how.ties,
+    )  # fmt: skip
     return replace(grid, codes=replace(codes, packed=packed), **parameters)  # type: ignore[arg-type]
-
-
-def _round_(numbers: Tensor, ties: str) -> None:
-    """To whole numbers, in place."""
-    if ties == "even":
-        numbers.round_()
-        return
-    if ties != "away":
-        raise ValueError(f"ties are 'even' or 'away', not {ties!r}")
-    # what lies below one half must not reach it by the addition's own rounding
-    away = numbers.trunc()
-    numbers.sub_(away)
-    away += torch.where(numbers.abs() >= 0.5, numbers.sign(), 0)
-    numbers.copy_(away)
-
-
-def _of_rows(parameter: Tensor | None, block: Tensor) -> Any:
-    """A parameter's value for each row, ready to be combined with [rows, blocks, across]."""
-    return None if parameter is None else parameter.index_select(0, block).unsqueeze(-1)
-
-
-def _blocks(numbers: Tensor, across: int) -> Tensor:
-    """[rows, columns] -> [rows, blocks, across]; a short last block is filled up with its own last column."""
-    missing = -numbers.shape[1] % across
-    if missing:
-        numbers = torch.cat([numbers, numbers[:, -1:].expand(-1, missing)], dim=1)
-    return numbers.unflatten(1, (-1, across))
 
 
 def _extremes(
     dense: Tensor, shape: tuple[int, ...], down: int, across: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of every block, in `dtype`."""
-    low = torch.full(shape, torch.inf, device=dense.device)
-    high = -low
-    for start, stop in row_chunks(*dense.shape):
-        numbers = _blocks(dense[start:stop].to(dtype), across)
-        lowest, highest = numbers.amin(-1).to(torch.float32), numbers.amax(-1).to(torch.float32)
-        if not bool(torch.isfinite(lowest).all() & torch.isfinite(highest).all()):
-            bad = torch.nonzero(~torch.isfinite(dense[start:stop].to(dtype)))[0].tolist()
-            raise NotRepresentable(
-                f"the weight holds {dense[start + bad[0], bad[1]].item()} at row {start + bad[0]}, column {bad[1]}, which no "
-                f"block of integers in {str(dtype).removeprefix('torch.')} arithmetic can hold; repair the checkpoint"
-            )
-        block = (torch.arange(start, stop, device=dense.device) // down)[:, None].expand_as(lowest)
-        low.scatter_reduce_(0, block, lowest, "amin")
-        high.scatter_reduce_(0, block, highest, "amax")
-    return low.to(dtype), high.to(dtype)
+    low, high = row_ranges(dense, across, (dtype,))
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        for start, stop in row_chunks(*dense.shape):
+            for row, column in torch.nonzero(~torch.isfinite(dense[start:stop].to(dtype)))[:1].tolist():
+                raise NotRepresentable(
+                    f"the weight holds {dense[start + row, column].item()} at row {start + row}, column {column}, which no "
+                    f"block of integers in {str(dtype).removeprefix('torch.')} arithmetic can hold; repair the checkpoint"
+                )
+    return over_rows(low, down, "amin").view(shape).to(dtype), over_rows(high, down, "amax").view(shape).to(dtype)
 
 
 # --- parameters ----------------------------------------------------------------------------------------------------------

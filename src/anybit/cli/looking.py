@@ -195,6 +195,8 @@ def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) ->
         (f"  {item['name']}", item["unavailable"] or f"ready: {item['description']}") for item in found["kernels"]
     ]
     lines += ["kernels, the preferred ones first", pairs(kernels)]
+    encoders = [(f"  {device}", what) for device, what in found["encoders"].items()]
+    lines += ["what quantizes and packs", pairs(encoders)]
     missing = [(f"  {item['package']}", f"missing; {item['install']}") for item in found["missing"]]
     lines += ["optional packages", pairs(missing or [("  all", "installed")])]
     Output(as_json, quiet).result(found, *lines)

@@ -31,6 +31,7 @@ def facts() -> dict[str, Any]:
         "torch": _torch(),
         "devices": _devices(),
         "kernels": [kernel.to_dict() for kernel in kernels()],
+        "encoders": _encoders(),
         "missing": _missing(),
     }
 
@@ -106,6 +107,14 @@ def _devices() -> list[dict[str, Any]]:
             what = f"{properties.name}, {size(properties.total_memory)}, compute capability {properties.major}.{properties.minor}"
         found.append({"device": f"{kind}:{index}", "what": what})
     return found
+
+
+def _encoders() -> dict[str, str]:
+    """What quantizes and packs, by device."""
+    from anybit.kernels.cpu import encoding, native
+
+    why_not = native.why_not()
+    return {"cpu": f"native, {encoding.level()}" if why_not is None else f"torch: {why_not}"}
 
 
 def _missing() -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ NVFP4 may have `scale` (and `input_scale`) beside it. In memory the fields take 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from anybit._lazy import torch
 from anybit.errors import CorruptFile, NotRepresentable
 from anybit.methods._gguf_blocks import PACK, UNPACK
 from anybit.weight.block_types import BY_NAME, BlockType
+from anybit.weight.encoders import encoder
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codebook, Codes, Columns, Grid, Node, Permute, Scaled, Values, tensors_of
 from anybit.weight.points import digit_places
@@ -71,20 +72,13 @@ class GgufLayout(Layout):
         if stored.device.type == "meta":
             leaves = self._empty("meta")
         else:
-            leaves = self._empty(str(stored.device))
-            flat = stored.reshape(-1, stored.shape[-1])
-            for start, stop in self._chunks(flat.shape[0]):
-                fields = UNPACK[self.encoding](flat[start:stop].unflatten(-1, (self._per_row, self.block.bytes)))
-                self._check(fields, start)
-                for name, field in fields.items():
-                    leaves[name].view(-1, leaves[name].shape[-1])[start:stop] = field.flatten(-2)
+            fields = fields_of_blocks(self.encoding, stored.reshape(-1, stored.shape[-1]))
+            self._check(fields)
+            leaves = {name: field.view(*self.shape[:-1], field.shape[-1]) for name, field in fields.items()}
         for name, scale in beside.items():
             if scale.device.type != "meta" and not bool(torch.isfinite(scale).all()):
                 raise CorruptFile(f"tensor {name!r} holds NaN or infinity")
         return self._weight(leaves, beside)
-
-    def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
-        yield from row_chunks(rows, self.shape[-1], CHUNK)
 
     def _empty(self, device: str) -> dict[str, Tensor]:
         """Leaves without contents."""
@@ -93,7 +87,7 @@ class GgufLayout(Layout):
             for name, (dtype, count) in fields_of(self.encoding).items()
         }
 
-    def _check(self, fields: Leaves, start: int) -> None:
+    def _check(self, fields: Leaves) -> None:
         for name in ("d", "dmin", "m"):
             if name not in fields:
                 continue
@@ -105,10 +99,11 @@ class GgufLayout(Layout):
             else:
                 continue
             if bool(bad.any()):
-                row, block, _ = torch.nonzero(bad)[0].tolist()
+                row, place = torch.nonzero(bad)[0].tolist()
                 raise CorruptFile(
-                    f"tensor {self.name!r}: the scale {name!r} of row {start + row}, block {block} is "
-                    f"{'NaN' if self.encoding == 'MXFP4' else numbers[row, block, 0].item()}"
+                    f"tensor {self.name!r}: the scale {name!r} of row {row}, block "
+                    f"{place * self._per_row // bad.shape[1]} is "
+                    f"{'NaN' if self.encoding == 'MXFP4' else numbers[row, place].item()}"
                 )
 
     def _weight(self, leaves: dict[str, Tensor], beside: Leaves) -> Weight:
@@ -138,16 +133,11 @@ class GgufLayout(Layout):
         blocks = torch.empty(self._stored_shape, dtype=torch.uint8, device=device)
         if device.type != "meta":
             self._check_constants(leaves)
-            flat = blocks.view(-1, blocks.shape[-1])
-            counts = fields_of(self.encoding)
-            for start, stop in self._chunks(flat.shape[0]):
-                fields = {
-                    name: leaves[name]
-                    .reshape(-1, leaves[name].shape[-1])[start:stop]
-                    .unflatten(-1, (self._per_row, count))
-                    for name, (_, count) in counts.items()
-                }
-                flat[start:stop] = PACK[self.encoding](fields).flatten(-2)
+            fields = {
+                name: leaves[name].reshape(-1, self._per_row * count)
+                for name, (_, count) in fields_of(self.encoding).items()
+            }
+            blocks_of(self.encoding, fields, blocks.view(-1, blocks.shape[-1]))
         return {self.name: blocks, **beside}
 
     def _leaves(self, weight: Weight) -> dict[str, Tensor]:
@@ -194,6 +184,31 @@ def fields_of(encoding: str) -> dict[str, tuple[str, int]]:
         name: (str(field.dtype).removeprefix("torch."), field.shape[-1])
         for name, field in UNPACK[encoding](block).items()
     }
+
+
+@encoder("fields_of_blocks")
+def fields_of_blocks(encoding: str, stored: Tensor) -> dict[str, Tensor]:
+    """uint8 [rows, bytes] -> every field, [rows, n]."""
+    kind, rows = BY_NAME[encoding], stored.shape[0]
+    per_row = stored.shape[1] // kind.bytes
+    found: dict[str, Tensor] = {}
+    for name, (dtype, count) in fields_of(encoding).items():
+        found[name] = torch.empty(rows, per_row * count, dtype=getattr(torch, dtype), device=stored.device)
+    for start, stop in row_chunks(rows, per_row * kind.elements, CHUNK):
+        for name, part in UNPACK[encoding](stored[start:stop].unflatten(-1, (per_row, kind.bytes))).items():
+            found[name][start:stop] = part.flatten(-2)
+    return found
+
+
+@encoder("blocks_of")
+def blocks_of(encoding: str, fields: Leaves, blocks: Tensor) -> Tensor:
+    """The way back, into `blocks`."""
+    kind, counts = BY_NAME[encoding], fields_of(encoding)
+    per_row = blocks.shape[1] // kind.bytes
+    for start, stop in row_chunks(blocks.shape[0], per_row * kind.elements, CHUNK):
+        own = {name: fields[name][start:stop].unflatten(-1, (per_row, count)) for name, (_, count) in counts.items()}
+        blocks[start:stop] = PACK[encoding](own).flatten(-2)
+    return blocks
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anybit._lazy import torch
+from anybit.weight.encoders import encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ def row_bytes(columns: int, bits: int) -> int:
     return (columns * bits + 7) // 8
 
 
+@encoder("pack")
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Unsigned integer codes [..., columns] below 2**bits -> uint8 [..., ceil(columns*bits/8)]. Higher bits are cut off."""
     columns = codes.shape[-1]
@@ -50,6 +52,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return stream.to(torch.uint8).flatten(-2)[..., : row_bytes(columns, bits)].contiguous()
 
 
+@encoder("unpack")
 def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Tensor:
     """uint8 [..., bytes] -> the codes start .. start + columns of every row; uint8 up to 8 bits, else int32."""
     if bits == 8:

@@ -25,6 +25,7 @@ from anybit.kernels._grids import TABLE, Refused, Workspace, grid_program, round
 from anybit.kernels._programs import Program, ProgramKernel, any_leaf, form_of, readable
 from anybit.kernels.cpu import native, outliers
 from anybit.kernels.cpu.books import VECTORS, codebook_program
+from anybit.kernels.cpu.encoding import ENCODERS as ENCODERS
 from anybit.weight import Weight, nodes
 from anybit.weight.nodes import Node
 

@@ -22,7 +22,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
 # 4096 x 4096: 36 for int4, 24 for NF4, 28 for int8, 5 where each weight is rounded by itself.
 MANY, MANY_ROUNDED, MANY_VECTORS = 28, 6, 12
-ABI = 5  # anybit_abi() of the sources beside this file
+ABI = 6  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
 
@@ -110,6 +110,10 @@ def _load() -> ctypes.CDLL | str:
     library.anybit_linear_experts.restype = integer
     library.anybit_decode.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] + [integer] * 3
     library.anybit_decode.restype = None
+    library.anybit_encode.argtypes, library.anybit_encode.restype = [integer, pointer, *[integer] * 3], integer
+    library.anybit_encoders.argtypes, library.anybit_encoders.restype = [], ctypes.c_char_p
+    library.anybit_add_sparse.argtypes = [*[pointer] * 3, integer, pointer, *[integer] * 4, pointer, *[integer] * 2]
+    library.anybit_add_sparse.restype = None
     library.anybit_add_sparse.argtypes = [*[pointer] * 3, integer, pointer, *[integer] * 4, pointer, *[integer] * 2]
     library.anybit_add_sparse.restype = None
     library.anybit_use_gomp(_gomp_parallel())

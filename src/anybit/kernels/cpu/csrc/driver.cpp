@@ -5,6 +5,7 @@
 
 #include <atomic>
 
+#include "encode_variant.h"
 #include "threads.h"
 #include "variant.h"
 
@@ -155,8 +156,8 @@ const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not wor
 
 }  // namespace
 
-// Changes whenever grid.h or a signature below does; native.py refuses a library of another number.
-EXPORT int64_t anybit_abi(void) { return 5; }
+// Changes whenever grid.h, encode.h or a signature below does; native.py refuses a library of another number.
+EXPORT int64_t anybit_abi(void) { return 6; }
 
 // Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
 EXPORT int64_t anybit_levels(const char** names, int64_t room) {
@@ -171,6 +172,7 @@ EXPORT int64_t anybit_use_level(const char* name) {
   for (int i = 0; i < LEVEL_COUNT; i++)
     if (strcmp(LEVELS[i].name, name) == 0 && LEVELS[i].runs_here()) {
       current = &LEVELS[i];
+      anybit_use_encoders(name);
       return 1;
     }
   return 0;
