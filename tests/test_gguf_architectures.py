@@ -211,6 +211,48 @@ CASES = {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         {**METADATA, **NORM, "rope.dimension_count": 8}, norms_plus_one=True,
     ),
+    "arcee": Case(
+        "arcee", {"model_type": "arcee", **COMMON, "rms_norm_eps": 1e-6, "hidden_act": "relu2"}, {**METADATA, **RMS},
+        rotary_pairs=True,
+    ),
+    "seed_oss": Case(
+        "seed_oss", {"model_type": "seed_oss", **COMMON, "head_dim": 24, "attention_bias": True}, {**METADATA, **RMS, **heads(24)},
+        layer={"post_attention_layernorm": "post_attention_norm"},
+    ),
+    "ernie4_5": Case(
+        "ernie4_5", {"model_type": "ernie4_5", **COMMON, "head_dim": 24, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+        {**METADATA, **RMS, **heads(24), "rope.freq_base": 500000.0},
+    ),
+    "smollm3": Case(
+        "smollm3", {"model_type": "smollm3", **COMMON, "num_hidden_layers": 5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+        {**METADATA, **RMS, "block_count": 5, "rope.freq_base": 2000000.0}, rotary_pairs=True,
+    ),
+    "olmo": Case(
+        "olmo", {"model_type": "olmo", **COMMON, "clip_qkv": 0.5}, {**METADATA, **NORM, "attention.clamp_kqv": 0.5},
+        rotary_pairs=True,
+    ),
+    "cohere2": Case(
+        "cohere2", {"model_type": "cohere2", **COMMON, "num_hidden_layers": 5, "sliding_window": 8, "logit_scale": 0.25,
+                    "tie_word_embeddings": True},
+        {**METADATA, **NORM, "block_count": 5, "logit_scale": 0.25, "attention.sliding_window": 8},
+    ),
+    "glm4": Case(
+        "glm4", {"model_type": "glm4", **COMMON, "head_dim": 32, "attention_bias": True, "rms_norm_eps": 1e-6, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        {**METADATA, **RMS, **heads(32), "rope.dimension_count": 16},
+        layer={"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm",
+               "mlp.gate_up_proj": "ffn_up"},
+    ),
+    "exaone4": Case(
+        "exaone4", {"model_type": "exaone4", **COMMON, "rms_norm_eps": 1e-6, "sliding_window": None,
+                    "layer_types": ["full_attention"] * LAYERS},
+        {**METADATA, **RMS}, layer=m.SANDWICH,
+    ),
+    "hunyuan-dense": Case(
+        "hunyuan-dense", {"model_type": "hunyuan_v1_dense", **COMMON, "rms_norm_eps": 1e-6, "head_dim": 24},
+        {**METADATA, **RMS, **heads(24)},
+        layer={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+    ),
 }  # fmt: skip
 
 

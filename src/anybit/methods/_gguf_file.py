@@ -122,6 +122,9 @@ def bundled(
         "general.quantization_version": 2,
     }
     values.update({f"{kind}.{key}": value for key, value in _values(settings, architecture, rows).items()})
+    stack = tensors.get("blk.0.ffn_down_exps.weight")
+    if stack is not None:
+        values.setdefault(f"{kind}.expert_feed_forward_length", stack[1][-1])
     scaling, divisors = _rope(settings)
     values.update({f"{kind}.{key}": value for key, value in scaling.items()})
     constants = {key: torch.tensor(numbers, dtype=torch.float32) for key, numbers in divisors.items()}
@@ -272,6 +275,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("norm_epsilon", "layer_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attention.clamp_kqv": ("clip_qkv",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "attention.sliding_window": ("sliding_window",),
@@ -281,7 +285,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "logit_scale": ("logits_scaling", "logit_scale"),
     "use_parallel_residual": ("use_parallel_residual",),
 }
-FLOATS = ("epsilon", "scale", "softcapping", "freq_base", "factor")
+FLOATS = ("epsilon", "scale", "clamp_kqv", "softcapping", "freq_base", "factor")
 
 
 def _number(key: str, value: Any) -> Any:
@@ -289,7 +293,7 @@ def _number(key: str, value: Any) -> Any:
 
 
 def _values(settings: Settings, architecture: Architecture, rows: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(architecture.constants)
     for key, names in KEYS.items():
         value = next((settings[name] for name in names if settings.get(name) is not None), None)
         if isinstance(value, (int, float)):
