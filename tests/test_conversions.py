@@ -1,6 +1,7 @@
 """A sample of docs/conversions.md, file to file: what a reader of the written checkpoint gets are the source's values."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,33 @@ def test_the_page_covers_every_method_that_can_be_written() -> None:
     assert columns == {str(cls.method) for cls, _ in schemes().values()}
 
 
+def test_no_pair_is_called_rescaled_beyond_what_rounding_explains() -> None:
+    page = (ROOT / "docs" / "conversions.md").read_text(encoding="utf-8")
+    errors = [float(found) for found in re.findall(r"rescaled(?:\\\*)? ([0-9.e+-]+) \|", page)]
+    assert len(errors) > 20
+    assert max(errors) <= 2**-7  # what rounding a scale and an offset to bfloat16 can do
+
+
+def test_fp8_mx_and_nv_families_are_exact_among_themselves() -> None:
+    """One format under several names: the same codes and scales, as each package's own files show."""
+    page = (ROOT / "docs" / "conversions.md").read_text(encoding="utf-8")
+    head, *rows = [line for line in page.partition("## Everything")[0].splitlines() if line.startswith("| ")]
+    columns = [cell.strip() for cell in head.split("|")[2:-1]]
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows}
+    for source, targets in {
+        "fp8": ("fbgemm_fp8", "modelopt", "quark", "compressed-tensors"),
+        "compressed-tensors": ("fbgemm_fp8", "fouroversix", "modelopt", "nvfp4", "quark"),
+        "nvfp4": ("modelopt", "compressed-tensors", "fouroversix"),
+        "quark": ("compressed-tensors", "fouroversix", "metal", "modelopt", "fbgemm_fp8"),
+        "mxfp8": ("fp8", "modelopt", "compressed-tensors"),
+        "mxfp4": ("gguf", "fp8"),
+    }.items():
+        for target in targets:
+            assert cells[source][columns.index(target)] in ("exact", r"exact\*"), (source, target)
+
+
 def test_the_page_is_what_its_script_measures() -> None:
-    """One row again: AWQ's first file in every scheme."""
+    """One file again: AWQ's first in every scheme; a cell of the page is the best of several files."""
     spec = importlib.util.spec_from_file_location("conversions", ROOT / "docs" / "conversions.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
     script: Any = importlib.util.module_from_spec(spec)

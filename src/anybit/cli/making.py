@@ -293,6 +293,12 @@ def convert(
                 ("methods", f"{done.source} -> {done.target}"),
                 ("modules", ", ".join(f"{count} {kind}" for kind, count in done.counts.items())),
                 ("largest error", f"{done.largest_error:.2e}, of the weights of a module"),
+                *[("inputs", text) for text in sorted({module.inputs for module in done.modules} - {""})],
+                *(
+                    [("left out", f"{len(done.left_out)} tensors beside weights: {done.left_out[0]}, ...")]
+                    if done.left_out
+                    else []
+                ),
                 ("took", f"{duration(seconds)}, peak memory {size(peak_memory())}"),
             ]
         ),

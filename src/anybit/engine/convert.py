@@ -1,15 +1,16 @@
 """From one method to another, file to file: through the weight tree, without a model's dense weights in memory.
 
-Each stored unit ends in one of four ways: `exact` (the same values, compared), `rescaled` (the same codes, scales rounded by a
-narrower dtype; error stated), `requantized` (codes chosen anew, only when allowed; error stated) or `dense` (the target leaves it
-dense; rounded to the model's dtype).
+Each stored unit ends in one of four ways: `exact` (the same values, compared), `rescaled` (the same codes; scales and offsets
+rounded to the nearest number of the target's dtype, products perhaps rounded in another one; error stated, and never above
+MOST_RESCALED), `requantized` (codes chosen anew, only when allowed; error stated) or `dense` (the target leaves it dense; rounded
+to the model's dtype). A target that quantizes inputs in another way keeps the weight, but that too must be allowed and is stated.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,37 +21,49 @@ from anybit.engine.bundling import bundle_for, write_bundle
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.materialize import dense_part, make_weight
 from anybit.engine.names import WHOLE
-from anybit.engine.plan import Entry, PlannedPart, module_info
+from anybit.engine.plan import Entry, PlannedPart, module_info, refuse_unmeasured
 from anybit.engine.quantize import copy_job, source_config, stored_of
 from anybit.engine.write import Job, Spec, write_checkpoint
 from anybit.errors import CalibrationNeeded, ConfigError, NotRepresentable
 from anybit.quantizers.auto import AutoHfQuantizer
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.checkpoint_config import KEY
-from anybit.weight import Layout, Weight
+from anybit.weight import Activation, Layout, ModuleInfo, Weight
 from anybit.weight.layout import join_name
 from anybit.weight.rewriting import rewrite
 
 EXACT, RESCALED, REQUANTIZED, DENSE = "exact", "rescaled", "requantized", "dense"
+# Relative error of a weight that rounding its scale and its offset to bfloat16 explains: 2^-9 each, where both may be twice as
+# large as what they add up to. More than that is another weight.
+MOST_RESCALED = 2.0**-7
+ROUNDED = "the target stores its scales or offsets in fewer bits, or multiplies them in another dtype"
+FOLDED = "it is stored together with scales or a rotation of its input, which only the source's method knows"
+# what methods call the same numbers
+SAME_NUMBERS = {"float8_e4m3fn": "e4m3", "nvfp4": "e2m1", "mxfp4": "e2m1"}
 
 
 @dataclass(frozen=True)
 class ConvertedModule:
-    """One stored unit. `error`: relative Frobenius error of its values; `reason`: why it is not exact."""
+    """One stored unit. `error`: relative Frobenius error of its values; `reason`: why it is not exact.
+
+    `inputs`: how the target quantizes them, where that is not how the source does.
+    """
 
     name: str
     kind: str
     error: float = 0.0
     reason: str = ""
+    inputs: str = ""
 
 
 @dataclass
 class Conversion:
-    """What a conversion did, module by module."""
+    """What a conversion did, module by module. `left_out`: stored tensors beside weights that only the source's method knows."""
 
     source: str
     target: str
     modules: list[ConvertedModule] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -84,7 +97,8 @@ def convert(
     """Write the quantized checkpoint `src` in the method of `quantization_config` to the new folder `dst`.
 
     Codes are kept where the target's grid can hold them. `allow_requantize`: choose codes anew, by the target's own rule,
-    where it cannot; without it NotRepresentable names the module and the reason, and nothing is written.
+    where it cannot, and let inputs be quantized in another way; without it NotRepresentable names the module and the reason,
+    and nothing is written.
     """
     ready = prepare(src, dtype=dtype, device_map=device, allow_pickle=allow_pickle, hub_options=hub_options)
     if ready.quantizer is None:
@@ -92,22 +106,27 @@ def convert(
     target = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     target.validate_environment(device_map=device)
     target.begin(ready.model, list(ready.names.slots.values()))
+    refuse_unmeasured((), target.measurements(ready.model))
     report = Conversion(ready.quantizer.method_name, target.method_name)
+    folds = ready.quantizer.folds
     jobs: list[Job] = []
     made: dict[str, Layout] = {}
     for entry in ready.plan.entries:
-        layouts = [_layout(target, entry, part, ready) for part in entry.parts]
-        if entry.action == "dense" and not any(layouts):
-            jobs += [copy_job(ready.checkpoint, info, None) for info in stored_of(entry)]
-            continue
-        if not all(layouts):  # a stack is packed whole or not at all
-            layouts = [None] * len(layouts)
-        for part, layout in zip(entry.parts, layouts, strict=True):
-            if layout is not None:
-                made[part.prefix] = layout
-            jobs.append(_job(ready, entry, part, layout, report, allow_requantize, torch.device(device)))
-    for infos in ready.plan.plain.values():
-        jobs += [copy_job(ready.checkpoint, info, None) for info in infos]
+        units = [units_of(ready, entry, part, target) for part in entry.parts]
+        if not all(unit.layout for own in units for unit in own):  # a stack is packed whole or not at all
+            if entry.action == "dense":
+                fold = folds.get(entry.slot.parameter)
+                jobs += [copy_job(ready.checkpoint, info, None, fold) for info in stored_of(entry)]
+                continue
+            units = [[replace(unit, layout=None) for unit in own] for own in units]
+        made |= {unit.name: unit.layout for own in units for unit in own if unit.layout is not None}
+        for part, own in zip(entry.parts, units, strict=True):
+            jobs.append(unit_job(ready, entry, part, own, report, allow_requantize, torch.device(device)))
+    for key, infos in ready.plan.plain.items():
+        if key in ready.quantizer.attached:
+            report.left_out += [info.name for info in infos]
+        else:
+            jobs += [copy_job(ready.checkpoint, info, None, folds.get(key)) for info in infos]
     bundled = bundle_for(target, ready, jobs, src)
     if bundled is not None:
         write_bundle(dst, jobs, bundled, max_shard_size=max_shard_size, force=force, progress=progress)
@@ -127,119 +146,161 @@ def convert(
     return report
 
 
-def convert_unit(
+@dataclass(frozen=True)
+class Unit:
+    """One weight of the result. `expert`: the one of a stored stack that it is; `layout` None: dense."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout | None
+    expert: int | None = None
+
+
+def units_of(ready: Prepared, entry: Entry, part: PlannedPart, target: HfQuantizer) -> list[Unit]:
+    """What a stored unit becomes: one of the same name in transformers' checkpoints, or one of each expert of a stack."""
+    name = part.prefix if entry.action == "dense" else part.dense_prefix
+    if "*" not in name:
+        info = module_info(entry.slot, part, entry.parts, ready.plan.dtype)
+        info = replace(info, name=name) if info.name == part.prefix else info
+        return [Unit(name, info.shape, target.layout_for(info))]
+    assert part.layout is not None
+    experts, *shape = part.layout.shape
+    dtype = str(ready.plan.dtype).removeprefix("torch.")
+    infos = [ModuleInfo(name.replace("*", str(expert)), "linear", tuple(shape), dtype) for expert in range(experts)]
+    return [Unit(info.name, info.shape, target.layout_for(info), expert) for expert, info in enumerate(infos)]
+
+
+def unit_job(
     ready: Prepared,
     entry: Entry,
     part: PlannedPart,
-    target: HfQuantizer,
-    report: Conversion,
-    allow_requantize: bool,
-    device: torch.device | str = "cpu",
-) -> None:
-    """What becomes of one unit, noted in the report; nothing is written. Raises what `convert` would."""
-    _job(ready, entry, part, _layout(target, entry, part, ready), report, allow_requantize, torch.device(device)).make()
-
-
-def _layout(target: HfQuantizer, entry: Entry, part: PlannedPart, ready: Prepared) -> Layout | None:
-    return target.layout_for(module_info(entry.slot, part, entry.parts, ready.plan.dtype))
-
-
-def _job(
-    ready: Prepared,
-    entry: Entry,
-    part: PlannedPart,
-    layout: Layout | None,
+    units: Sequence[Unit],
     report: Conversion,
     allow_requantize: bool,
     device: torch.device,
 ) -> Job:
-    if layout is None:
-        return _dense_job(ready, entry, part, report, device)
-    specs: dict[str, Spec] = {join_name(part.prefix, own): spec for own, spec in layout.specs().items()}
+    """The job that reads one stored unit and makes what it becomes; its `make` notes that in the report, or raises."""
+    turned = entry.slot.transposed and part.index == WHOLE and units[0].expert is None
+    bare = entry.slot.kind == "experts" and part.index == WHOLE and units[0].expert is None  # no ".weight"
+    assert ready.quantizer is not None
+    fold = ready.quantizer.folds.get(entry.slot.parameter)
+    specs: dict[str, Spec] = {}
+    shrinking: set[str] = set()
+    for unit in units:
+        if unit.layout is not None:
+            specs |= {join_name(unit.name, own): spec for own, spec in unit.layout.specs().items()}
+            shrinking |= {join_name(unit.name, own) for own in unit.layout.shrinking()}
+        else:
+            *lead, rows, columns = unit.shape
+            shape = (*lead, columns, rows) if turned else unit.shape
+            specs[unit.name if bare else join_name(unit.name, "weight")] = (
+                str(ready.plan.dtype).removeprefix("torch."), shape,
+            )  # fmt: skip
 
     def make() -> dict[str, Tensor]:
-        weight = _converted(ready, entry, part, layout, report, allow_requantize, device)
+        found: dict[str, Tensor] = {}
+        weight = make_weight(ready.model, entry, part, ready.checkpoint, device) if entry.action != "dense" else None
+        for unit in units:
+            if weight is None:
+                own, dense = None, dense_part(ready.model, entry, part, ready.checkpoint).to(device)
+            else:
+                own = weight if unit.expert is None else weight.select(unit.expert)
+                dense = own.to_dense(torch.float32)
+            if fold is not None:
+                own, dense = None, fold(dense.to(torch.float32))
+            if unit.layout is None:
+                rounded = dense.to(ready.plan.dtype)
+                error = _error(rounded.float(), dense)
+                report.modules.append(ConvertedModule(unit.name, DENSE, error, "the target leaves it dense"))
+                name = unit.name if bare else join_name(unit.name, "weight")
+                found[name] = (rounded.transpose(-1, -2).contiguous() if turned else rounded).cpu()
+                continue
+            reason = "it was stored dense" if weight is None else FOLDED
+            made = _converted(own, dense, unit.name, unit.layout, report, allow_requantize, reason)
+            found |= {join_name(unit.name, own): tensor.cpu() for own, tensor in unit.layout.encode(made).items()}
         ready.checkpoint.release()
-        return {join_name(part.prefix, own): tensor.cpu() for own, tensor in layout.encode(weight).items()}
+        return found
 
-    shrinking = frozenset(join_name(part.prefix, own) for own in layout.shrinking())
-    return Job(part.prefix, specs, make, shrinking)
+    return Job(part.prefix, specs, make, frozenset(shrinking))
 
 
 def _converted(
-    ready: Prepared,
-    entry: Entry,
-    part: PlannedPart,
+    weight: Weight | None,
+    dense: Tensor,
+    name: str,
     layout: Layout,
     report: Conversion,
     allow_requantize: bool,
-    device: torch.device,
+    reason: str,
 ) -> Weight:
-    """One unit in the target's layout, its fate noted in the report."""
-    if entry.action == "dense":
-        dense = dense_part(ready.model, entry, part, ready.checkpoint).to(device)
-        reason = "it was stored dense"
-    else:
-        weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
-        dense = weight.to_dense(torch.float32)
+    """One unit in the layout, its fate noted in the report. `weight` None: only its numbers are there, for a `reason`."""
+
+    def note(kind: str, error: float = 0.0, reason: str = "", inputs: str = "") -> None:
+        report.modules.append(ConvertedModule(name, kind, error, reason, inputs))
+
+    inputs = ""
+    if weight is not None:
         try:
-            if weight.activation is not None or layout.scheme().activation is not None:
-                _same_activation(weight, layout.scheme())
+            inputs, alike = _inputs(weight, layout.scheme())
             found = rewrite(weight, layout.scheme())
-            kept = layout.decode(layout.encode(found))  # what a reader of the target will see
-            values = kept.to_dense(torch.float32)
+            values = _read_back(layout, found)
+            error = _error(values, dense)
+            if not alike and not allow_requantize:
+                raise NotRepresentable(inputs)
             if torch.equal(values, dense):
-                report.modules.append(ConvertedModule(part.prefix, EXACT))
-            else:
-                reason = "the target stores its scales or offsets in fewer bits"
-                report.modules.append(ConvertedModule(part.prefix, RESCALED, _error(values, dense), reason))
-            return found
-        except NotRepresentable as error:
-            reason = str(error)
+                note(EXACT, inputs=inputs)
+                return found
+            if error <= MOST_RESCALED:
+                note(RESCALED, error, ROUNDED, inputs)
+                return found
+            reason = f"rounding its scales would change it by {error:.1e}, more than rounding to 16 bits explains"
+        except NotRepresentable as refusal:
+            reason = str(refusal)
     if not allow_requantize:
         raise NotRepresentable(
-            f"{part.prefix} cannot be written as {report.target} with its codes kept: {reason}. Allow requantization "
+            f"{name} cannot be written as {report.target} with its codes kept: {reason}. Allow requantization "
             "(allow_requantize=True, --allow-requantize), or convert to a method whose groups and range fit"
         )
-    if layout.algorithm is None:
+    if layout.algorithm is None or layout.static_inputs():
         raise CalibrationNeeded(
-            f"{part.prefix} cannot be requantized to {type(layout).__name__} from its weights alone; the method needs calibration"
+            f"{name} cannot be requantized to {type(layout).__name__} from its weights alone; the method needs calibration"
         )
     made = algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
-    report.modules.append(
-        ConvertedModule(part.prefix, REQUANTIZED, _error(made.to_dense(torch.float32), dense.float()), reason)
-    )
+    note(REQUANTIZED, _error(_read_back(layout, made), dense.float()), reason, inputs)
     return made
 
 
-def _same_activation(weight: Weight, scheme: Weight) -> None:
+def _read_back(layout: Layout, weight: Weight) -> Tensor:
+    """The values that a reader of the target will see, float32."""
+    return layout.decode(layout.encode(weight)).to_dense(torch.float32)
+
+
+def _inputs(weight: Weight, scheme: Weight) -> tuple[str, bool]:
+    """How the target quantizes inputs if that is not as the source does ("" if it is), and whether it is of the same kind.
+
+    Of one kind are rules with the same numbers in the same groups, chosen while the model runs: they differ in rounding only.
+    """
     mine, theirs = weight.activation, scheme.activation
-    if (mine.rule if mine else None) != (theirs.rule if theirs else None):
+    rules = [own.rule if own else "no rule" for own in (mine, theirs)]
+    if rules[0] == rules[1]:
+        return "", True
+    if theirs is not None and any(tensor.is_meta for tensor in theirs.tensors):
         raise NotRepresentable(
-            f"the source quantizes its inputs by {mine.rule if mine else 'no rule'!r}, the target by "
-            f"{theirs.rule if theirs else 'no rule'!r}"
+            f"the target stores scales of its inputs ({rules[1]!r}), which the source ({rules[0]!r}) does not have"
         )
+    alike = _kind(mine) == _kind(theirs)
+    return f"the source quantizes its inputs by {rules[0]!r}, the target by {rules[1]!r}", alike
+
+
+def _kind(activation: Activation | None) -> tuple[object, ...] | None:
+    """What is quantized to what, without the arithmetic; static scales are no kind but one of their own."""
+    if activation is None:
+        return None
+    one = activation
+    dtype = SAME_NUMBERS.get(one.dtype, one.dtype)
+    own = one.rule if one.tensors else None
+    return dtype, one.granularity, one.group_size, one.symmetric, one.threshold, own
 
 
 def _error(values: Tensor, wanted: Tensor) -> float:
     return float((values - wanted).norm() / wanted.norm().clamp(min=1e-30))
-
-
-def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, report: Conversion, device: torch.device) -> Job:
-    """A unit that the target leaves dense, under the name and in the orientation it has in a dense checkpoint."""
-    whole = part.index == WHOLE
-    name = part.prefix if entry.slot.kind == "experts" and whole else join_name(part.prefix, "weight")
-    turned = entry.slot.transposed and whole
-    assert part.layout is not None
-    *lead, rows, columns = part.layout.shape
-    dtype = ready.plan.dtype
-
-    def make() -> dict[str, Tensor]:
-        exact = make_weight(ready.model, entry, part, ready.checkpoint, device).to_dense(torch.float32)
-        dense = exact.to(dtype)
-        error = _error(dense.float(), exact)
-        report.modules.append(ConvertedModule(part.prefix, DENSE, error, "the target leaves it dense"))
-        return {name: (dense.transpose(-1, -2).contiguous() if turned else dense).cpu()}
-
-    shape = (*lead, columns, rows) if turned else (*lead, rows, columns)
-    return Job(part.prefix, {name: (str(dtype).removeprefix("torch."), shape)}, make)

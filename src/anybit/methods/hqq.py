@@ -39,6 +39,9 @@ class HqqConfig(QuantizationConfigMixin):
     """
 
     method: ClassVar[str] = "hqq"
+    schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"hqq-{nbits}bit-g64": {"nbits": nbits, "group_size": 64} for nbits in (8, 4, 3, 2)
+    }
 
     def __init__(
         self,

@@ -1,45 +1,30 @@
 """The same numbers in another form: a weight rewritten for the scheme of another layout, without choosing any code anew.
 
 Both trees must be one grid under nodes that only move elements (views, transposes, orders, crops). Element by element the
-source is (level - zero) * scale + offset; each of the four is carried to where the target's grid wants it. Where a block of the
-target would need two different scales there is no such form. Whether the result has exactly the same values, or values
+source is (level - zero) * scale + offset; each of the four is carried to where the target's grid wants it, rounded to the nearest
+number that the target can store. Where a block of the target would need two different scales, or an integer zero point
+something between two steps, there is no such form. Whether the result has exactly the same values, or values
 rounded by a narrower scale, is not argued but measured: compare the two dense weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
 from anybit.errors import NotRepresentable
 from anybit.weight import levels as tables
 from anybit.weight import nodes
+from anybit.weight.elements import Elements, device_of, take_apart
 from anybit.weight.joining import stack
-from anybit.weight.nodes import Node, map_nodes
+from anybit.weight.nodes import Node
 from anybit.weight.weight import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MOVING = (nodes.View, nodes.Crop, nodes.Transpose, nodes.Permute, nodes.Rows, nodes.Columns)
-
-
-@dataclass(frozen=True)
-class Elements:
-    """A grid, element by element, float32 [rows, columns] each: (level - zero) * scale + offset."""
-
-    level: Tensor
-    zero: Tensor | None
-    scale: Tensor | None
-    offset: Tensor | None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Elements:
-        def each(part: Tensor | None) -> Tensor | None:
-            return None if part is None else change(part)
-
-        return Elements(change(self.level), each(self.zero), each(self.scale), each(self.offset))
+MOST_SLACK = 0.125  # of a step: an offset further than this from whole steps is no rounded zero point
 
 
 def rewrite(weight: Weight, scheme: Weight) -> Weight:
@@ -55,7 +40,8 @@ def rewrite(weight: Weight, scheme: Weight) -> Weight:
     ):  # scales of inputs come from the source
         if weight.activation is None or len(weight.activation.tensors) != len(activation.tensors):
             raise NotRepresentable("the target stores scales of its inputs, which the source does not have")
-        activation = replace(activation, tensors=weight.activation.tensors)
+        own = [_as(mine, theirs) for mine, theirs in zip(weight.activation.tensors, activation.tensors, strict=True)]
+        activation = replace(activation, tensors=tuple(own))
     kept = Weight(weight.tree, scheme.dtype, activation)
     if kept.structure() == scheme.structure() and _leaves(kept) == _leaves(
         scheme
@@ -63,66 +49,35 @@ def rewrite(weight: Weight, scheme: Weight) -> Weight:
         return kept
     if len(weight.shape) == 3:
         return stack([rewrite(weight.select(expert), scheme.select(expert)) for expert in range(weight.shape[0])])
-    elements = take_apart(weight.tree)
-    return Weight(_put_together(scheme.tree, elements), scheme.dtype, activation)
+    return Weight(_matched(weight.tree, scheme.tree), scheme.dtype, activation)
+
+
+def _as(stored: Tensor, scheme: Tensor) -> Tensor:
+    """A scale of inputs in the dtype and shape of the target."""
+    found = stored.to(scheme.dtype)
+    if stored.numel() != scheme.numel() or not torch.equal(found.to(stored.dtype), stored):
+        raise NotRepresentable(
+            f"the target stores the scale of its inputs in another form, {scheme.dtype} {list(scheme.shape)}"
+        )
+    return found.reshape(scheme.shape)
+
+
+def _matched(source: Node, target: Node) -> Node:
+    """The target's node with the source's numbers; two rotations by the same matrix are one and the same."""
+    if isinstance(source, nodes.Rotate) and isinstance(target, nodes.Rotate):
+        if (source.size, source.side) != (target.size, target.side):
+            raise NotRepresentable("source and target rotate the weight in blocks of different sizes")
+        mine = source.factor(device_of(source))
+        matrix = mine.to(target.matrix.dtype) if target.matrix is not None else None
+        stored = matrix.to(torch.float32) if matrix is not None else nodes.hadamard(target.size, mine.device)
+        if not torch.equal(stored, mine):
+            raise NotRepresentable("source and target rotate the weight by different matrices")
+        return replace(target, child=_matched(source.child, target.child), matrix=matrix)
+    return _put_together(target, take_apart(source))
 
 
 def _leaves(weight: Weight) -> list[tuple[torch.dtype, torch.Size]]:
     return [(tensor.dtype, tensor.shape) for tensor in nodes.tensors_of(weight.tree)]
-
-
-# --- source ---------------------------------------------------------------------------------------------------------------
-
-
-def take_apart(tree: Node) -> Elements:
-    """The elements of a tree that is grids under moving nodes; NotRepresentable names the node that is neither."""
-    if isinstance(tree, nodes.Scaled) and tree.offset is None and tree.scale is not None:
-        inner = take_apart(tree.child)
-        factor = nodes.Scaled(
-            nodes.Values(torch.ones(1, 1, device=_device(tree)).expand(tree.shape)), tree.scale
-        ).dense()
-        return replace(
-            inner,
-            scale=factor if inner.scale is None else inner.scale * factor,
-            offset=None if inner.offset is None else inner.offset * factor,
-        )
-    grids: list[nodes.Grid] = []
-    _collect(tree, grids)
-
-    def part(pick: Callable[[nodes.Grid], Node]) -> Tensor:
-        return map_nodes(tree, lambda node: pick(node) if isinstance(node, nodes.Grid) else None).dense()
-
-    def parameter(name: str, missing: float) -> Tensor | None:
-        if all(getattr(grid, name) is None for grid in grids):
-            return None
-
-        def pick(grid: nodes.Grid) -> Node:
-            ones = nodes.Values(torch.ones(1, 1, device=_device(tree)).expand(grid.shape))
-            if getattr(grid, name) is None:
-                return nodes.Grid(ones, nodes.Values(torch.full((1, 1), missing, device=_device(tree))))
-            return nodes.Grid(ones, getattr(grid, name), block=grid.block, group_index=grid.group_index)
-
-        return part(pick)
-
-    level = part(lambda grid: nodes.Grid(grid.codes, levels=grid.levels))
-    return Elements(level, parameter("zero", 0.0), parameter("scale", 1.0), parameter("offset", 0.0))
-
-
-def _collect(node: Node, grids: list[nodes.Grid]) -> None:
-    if isinstance(node, nodes.Grid):
-        grids.append(node)
-        return
-    if not isinstance(node, _MOVING):
-        raise NotRepresentable(f"a {type(node).__name__} has no codes that another format could keep")
-    for child in node.parts if isinstance(node, (nodes.Rows, nodes.Columns)) else (node.child,):
-        _collect(child, grids)
-
-
-def _device(tree: Node) -> torch.device:
-    return nodes.tensors_of(tree)[0].device
-
-
-# --- target ---------------------------------------------------------------------------------------------------------------
 
 
 def _put_together(node: Node, elements: Elements) -> Node:
@@ -138,7 +93,36 @@ def _put_together(node: Node, elements: Elements) -> Node:
             return replace(node, child=_put_together(node.child, elements.map(lambda part: part.reshape(high, wide))))
         case nodes.Transpose():
             return replace(node, child=_put_together(node.child, elements.map(lambda part: part.T)))
+        case nodes.Crop():
+            high, wide = node.child.shape
+            return replace(node, child=_put_together(node.child, elements.map(lambda part: _padded(part, high, wide))))
+        case nodes.Scaled(scale=nodes.Values() as factor) if node.offset is None and not factor.tensor.is_meta:
+            numbers = factor.dense().to(elements.level.device).expand(rows, columns)
+            scale = elements.scale if elements.scale is not None else torch.ones_like(elements.level)
+            offset = None if elements.offset is None else elements.offset / numbers
+            own = replace(elements, scale=scale / numbers, offset=offset, unit=None)
+            return replace(node, child=_put_together(node.child, own))
+        case nodes.Values(inverted=False, levels=None):
+            return _stored(node, _numbers(elements), "weight")
+        case nodes.Rotate():
+            raise NotRepresentable(
+                f"the target stores the weight rotated, in blocks of {node.size} {node.side}s; codes of a weight that is not "
+                "would mean nothing"
+            )
     raise NotRepresentable(f"the target is a {type(node).__name__}, whose codes cannot be given")
+
+
+def _padded(part: Tensor, high: int, wide: int) -> Tensor:
+    """Grown to high x wide by repeating the last row and column: a crop takes it away again, and groups stay like neighbours."""
+    rows = torch.arange(high, device=part.device).clamp(max=part.shape[0] - 1)
+    columns = torch.arange(wide, device=part.device).clamp(max=part.shape[1] - 1)
+    return part.index_select(0, rows).index_select(1, columns)
+
+
+def _numbers(elements: Elements) -> Tensor:
+    numbers = elements.level if elements.zero is None else elements.level - elements.zero
+    numbers = numbers if elements.scale is None else numbers * elements.scale
+    return numbers if elements.offset is None else numbers + elements.offset
 
 
 def _grid(node: nodes.Grid, elements: Elements) -> Node:
@@ -147,7 +131,7 @@ def _grid(node: nodes.Grid, elements: Elements) -> Node:
     scale, zero, offset = elements.scale, elements.zero, elements.offset
     level = elements.level
     if node.levels is None:
-        level, zero, offset = _integers(node, level, zero, scale, offset)
+        level, zero, offset = _integers(node, elements)
         codes = _codes(node, level)
     else:
         level = level if zero is None else level - zero
@@ -162,46 +146,94 @@ def _grid(node: nodes.Grid, elements: Elements) -> Node:
             parts[name] = None
         else:
             full = values if values is not None else torch.full_like(level, neutral)
-            parts[name] = _stored(own, _blocks(full, own.shape, node.block, name), name)
+            blocks = _blocks(full, own.shape, node.block, name)
+            parts[name] = (
+                _coded(own, blocks, elements.unit) if isinstance(own, nodes.Grid) else _stored(own, blocks, name)
+            )
     return replace(node, codes=codes, **parts)
 
 
-def _integers(
-    node: nodes.Grid, level: Tensor, zero: Tensor | None, scale: Tensor | None, offset: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _integers(node: nodes.Grid, elements: Elements) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Integer levels moved into the target's range, with the zero or offset that undoes it."""
+    level, zero, scale, offset = elements.level, elements.zero, elements.scale, elements.offset
     codes = node.codes
     if not isinstance(codes, nodes.Codes):
         raise NotRepresentable(f"the target's codes are a {type(codes).__name__}")
-    if offset is not None and node.offset is None:  # an offset of whole steps is a zero
-        steps = offset / scale if scale is not None else offset
-        zero = (zero if zero is not None else 0) - torch.round(steps)
-        offset = None
     if bool((level != torch.round(level)).any()):
         raise NotRepresentable("the source's levels are no integers")
+    if offset is not None and node.offset is None:  # an offset in steps is a zero
+        zero = (zero if zero is not None else 0) - _steps(
+            node, offset / scale if scale is not None else offset, elements
+        )
+        offset = None
     lowest = -(1 << (codes.bits - 1)) if codes.signed else 0
     highest = lowest + (1 << codes.bits) - 1
+    half = float(1 << (codes.bits - 1))
     if node.zero is None:
         if zero is not None and node.offset is not None:
             offset = -zero * (scale if scale is not None else 1) + (offset if offset is not None else 0)
         elif zero is not None:
             level = level - zero
-        if (
-            float(level.min()) < lowest
-        ):  # a symmetric source, codes that begin at 0, an offset that takes the difference
+            if bool((level != torch.round(level)).any()):
+                raise NotRepresentable("the target has no zero points, and the source's are no integers")
+        shift = -half if float(level.min()) < lowest else half if float(level.max()) > highest else 0.0
+        if shift:  # codes that begin elsewhere, and an offset that takes the difference
             if node.offset is None:
-                raise NotRepresentable(f"codes down to {int(level.min())} do not fit the target's {lowest}..{highest}")
-            shift = -float(1 << (codes.bits - 1))
+                raise NotRepresentable(
+                    f"codes {int(level.min())}..{int(level.max())} do not fit the target's {lowest}..{highest}"
+                )
             level = level - shift
             moved = shift * (scale if scale is not None else torch.ones_like(level))
             offset = moved if offset is None else offset + moved
         return level, None, offset
     zero = zero if zero is not None else torch.zeros_like(level)
-    if float(level.min()) < lowest:
-        level, zero = level + float(1 << (codes.bits - 1)), zero + float(1 << (codes.bits - 1))
-    elif float(level.max()) > highest:
-        level, zero = level - float(1 << (codes.bits - 1)), zero - float(1 << (codes.bits - 1))
-    return level, zero, offset
+    shift = half if float(level.min()) < lowest else -half if float(level.max()) > highest else 0.0
+    return level + shift, zero + shift, offset
+
+
+def _steps(node: nodes.Grid, steps: Tensor, elements: Elements) -> Tensor:
+    """An offset in steps of the scale: as it is where the target's zero is a number, whole where it is an integer or none."""
+    if isinstance(node.zero, nodes.Values) and node.zero.tensor.dtype.is_floating_point:
+        return steps
+    whole = torch.round(steps)
+    slack = (2 * elements.rounding * steps.abs()).clamp(min=1e-5, max=MOST_SLACK)
+    wrong = (steps - whole).abs() > slack
+    if bool(wrong.any()):
+        raise NotRepresentable(
+            f"the source's offset of {float(steps[wrong][0]):.3f} steps is no whole zero point, and the target has no other"
+        )
+    return whole
+
+
+def _coded(node: nodes.Grid, values: Tensor, unit: Tensor | None) -> Node:
+    """Scales that are codes in a table times one unit, as NVFP4 has them: the source's unit, or a power of two."""
+    if node.levels is None or node.zero is not None or node.offset is not None or node.scale is None:
+        raise NotRepresentable("the target's scales are integers times a scale, which would have to be chosen anew")
+    if node.scale.shape != (1, 1):
+        raise NotRepresentable("the target has many scales of scales, which would have to be chosen anew")
+    table = (
+        tables.table(node.levels, str(values.device)) if isinstance(node.levels, str) else node.levels.to(torch.float32)
+    )
+    known = table[torch.isfinite(table)]
+    if unit is None:
+        largest = 2.0 ** torch.floor(torch.log2(known.max()))
+        factor = 2.0 ** torch.floor(torch.log2(values.abs().max().clamp(min=1e-38))) / largest
+        unit = torch.ones(1, 1, device=values.device) if bool(torch.isin(values, known).all()) else factor.reshape(1, 1)
+    one = _stored(node.scale, _blocks(unit, (1, 1), (1, 1), "the scale of scales"), "scale of scales")
+    wanted = values / one.dense()
+    ordered, order = torch.sort(torch.where(torch.isfinite(table), table, torch.inf), stable=True)
+    above = torch.searchsorted(ordered, wanted.contiguous()).clamp(max=len(known) - 1)
+    below = (above - 1).clamp(min=0)
+    place = torch.where((ordered[above] - wanted).abs() <= (ordered[below] - wanted).abs(), above, below)
+    found = ordered[place]
+    wrong = (found - wanted).abs() > 2.0**-20 * wanted.abs()  # what rounding the unit explains
+    if bool(wrong.any()):
+        raise NotRepresentable(
+            f"the target's scales are {node.levels} codes times one unit; {float(wanted[wrong][0]):.4g} units is none of them"
+        )
+    assert isinstance(node.codes, nodes.Codes)
+    codes = _codes(node, order[place].to(torch.float32))
+    return replace(node, codes=codes, scale=one)
 
 
 def _codes(node: nodes.Grid, level: Tensor) -> Node:
@@ -253,7 +285,13 @@ def _stored(node: Node, values: Tensor, name: str) -> Node:
         case nodes.Values(tensor=like, inverted=inverted, negated=negated, levels=None):
             numbers = -values if negated else values
             numbers = 1 / numbers if inverted else numbers
+            if not like.dtype.is_floating_point and bool((numbers != torch.round(numbers)).any()):
+                raise NotRepresentable(f"the target's {name} is an integer, the source's is not")
             kept = numbers.to(like.dtype)
+            if not like.dtype.is_floating_point and bool((kept.to(torch.float32) != numbers).any()):
+                raise NotRepresentable(
+                    f"a {name} of {float(numbers.abs().max()):.0f} is beyond the target's {like.dtype}"
+                )
             if not bool(torch.isfinite(kept.to(torch.float32)).all()):
                 raise NotRepresentable(
                     f"a {name} of {float(values.abs().max()):.3g} is beyond the target's {like.dtype}"
@@ -262,6 +300,8 @@ def _stored(node: Node, values: Tensor, name: str) -> Node:
         case nodes.Values(levels=str() as table, tensor=like):
             codes = _look_back(table, -values if node.negated else values)
             return replace(node, tensor=codes.to(torch.uint8).view(like.dtype).contiguous())
+        case nodes.Divided(child=child, divisor=divisor):
+            return replace(node, child=_stored(child, values * divisor, name))
         case nodes.Codes():
             whole = torch.round(values)
             if not torch.equal(whole, values):
