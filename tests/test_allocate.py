@@ -12,6 +12,7 @@ import anybit
 from anybit.engine import allocate as allocating
 from anybit.engine.advice_plans import bytes_written
 from anybit.engine.allocate import _Unit, allocate, solve
+from anybit.engine.calibration import calibration_tokens
 from anybit.engine.recipe import quantize_by_recipe
 from anybit.engine.sensitivity import sensitivity
 from anybit.errors import ConfigError, InvalidOption, MissingDependency, NotRepresentable
@@ -79,8 +80,6 @@ class TestSensitivity:
         weight = dense.get_submodule(name).weight.detach()
         made = packed.get_submodule(name).dequantize().float()
         assert cost.weight_error == pytest.approx(float((made - weight).norm() / weight.norm()), rel=1e-3)
-        from anybit.engine.calibration import calibration_tokens
-
         tokens = calibration_tokens(TEXT, little, samples=2, length=32, seed=0)
         with torch.no_grad():
             expected = dense(input_ids=tokens).logits.log_softmax(-1)
@@ -89,6 +88,22 @@ class TestSensitivity:
         kl = float((expected.exp() * (expected - own)).sum(-1).mean())
         assert cost.kl == pytest.approx(kl, rel=0.02)
         assert 0 < cost.output_error < 1
+
+    def test_costs_of_an_algorithm_that_sees_inputs(self, little, tmp_path):
+        scheme, name = "gptq-3bit-g64", "model.layers.0.self_attn.q_proj"
+        tokens = calibration_tokens(TEXT, little, samples=4, length=64, seed=0)
+        plain, own = (
+            {one.module: one for one in sensitivity(little, tokens, [scheme], kl=False, algorithm=which).costs}
+            for which in (None, "gptq")
+        )
+        assert all(own[module].output_error < plain[module].output_error for module in own), "what GPTQ minimizes"
+        # the first layer sees the same inputs in a run of `quantize`, in bfloat16
+        anybit.quantize(little, tmp_path / "made", from_scheme(scheme), calibration=tokens)
+        weight = anybit.load(little, dtype="float32").get_submodule(name).weight.detach()
+        made = anybit.load(tmp_path / "made").get_submodule(name).dequantize().float()
+        assert own[name].weight_error == pytest.approx(float((made - weight).norm() / weight.norm()), rel=0.05)
+        with pytest.raises(InvalidOption, match="round by their inputs, such as gptq, not 'awq'"):
+            sensitivity(little, tokens, [scheme], algorithm="awq")
 
     def test_costs_are_kept(self, little, tmp_path):
         file = tmp_path / "costs.json"

@@ -131,7 +131,7 @@ def test_the_card_has_metadata_and_figures(facts: Facts, tmp_path: Path) -> None
     results = head.pop("model-index")
     assert head == {"library_name": "transformers", "tags": ["anybit", "bitsandbytes"]}, "a folder is no base_model"
     (result,) = model_index_to_eval_results(results)[1][:1]
-    assert result.metric_type == "perplexity"
+    assert (result.metric_type, result.dataset_name) == ("perplexity", "evaluation.txt")
     assert result.metric_value == pytest.approx(facts.evaluation.perplexity, rel=1e-5)  # type: ignore[union-attr]
     card = ModelCard(text)
     assert card.data.library_name == "transformers"

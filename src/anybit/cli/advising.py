@@ -202,6 +202,10 @@ def sensitivity(
     no_kl: Annotated[
         bool, typer.Option("--no-kl", help="Only errors of weights and outputs, which need one pass over the text.")
     ] = False,
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", help="One that rounds by the inputs, e.g. gptq.", metavar="NAME"),
+    ] = None,
     every: Annotated[bool, typer.Option("--all", "-a", help="Every module, not only the most sensitive ones.")] = False,
     samples: Samples = 8,
     sequence_length: Length = 256,
@@ -224,7 +228,8 @@ def sensitivity(
     out = Output(as_json, quiet)
     with out.progress("measure") as progress:
         found = run(
-            path, calib, _names(schemes), kl=not no_kl, samples=samples, sequence_length=sequence_length, seed=seed,
+            path, calib, _names(schemes), kl=not no_kl, algorithm=algorithm, samples=samples,
+            sequence_length=sequence_length, seed=seed,
             cache=cache, device=main_device(device), progress=progress,
         )  # fmt: skip
 
@@ -297,10 +302,10 @@ def allocate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Choose a scheme for each module so that the loss is least at a size.
+    """Find the mix of schemes that loses least at a size.
 
-    Exact, by measured costs; then compared with the best single scheme on text that no cost was measured on. The better one
-    becomes a recipe for `anybit quantize --recipe`.
+    One scheme for each module, by measured costs, exactly; then compared with the best single scheme on text that no cost was
+    measured on. The better one becomes a recipe for `anybit quantize --recipe`.
 
     anybit allocate llama --bits 4.25 --calib text.txt -o llama.json
     """

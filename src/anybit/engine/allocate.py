@@ -24,7 +24,7 @@ from anybit.engine.load import load
 from anybit.engine.memory import parse_size
 from anybit.engine.quantize import quantize
 from anybit.engine.recipe import DENSE, Calibration, Recipe, Setting
-from anybit.engine.sensitivity import LENGTH, SAMPLES, SEED, Progress, Sensitivity, sensitivity
+from anybit.engine.sensitivity import LENGTH, SAMPLES, SEED, Progress, Sensitivity, sees_inputs, sensitivity
 from anybit.errors import ConfigError, InvalidOption, MissingDependency, did_you_mean
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.named import from_scheme, schemes
@@ -97,10 +97,10 @@ def allocate(
 
     `calibration`: as for `quantize`; costs are measured on the rows that `sensitivity` draws, and up to 32 others check the
     result (of a text too short for that, a third of its rows does). `algorithm`: a calibrated one, e.g. "gptq", that makes the
-    two that are compared and stands in the recipe; costs are those of rounding to nearest in any case. `metric`: what a cost
-    is: "kl", or "output" (faster to measure: squared output error). `dense`: modules may also stay as they are. `check` False
-    leaves out the comparison with the best single scheme. Raises InvalidOption for a budget that nothing fits, naming the
-    smallest that does.
+    two that are compared and stands in the recipe; costs are its own where it rounds by inputs as gptq does, else those of the
+    schemes' own rounding. `metric`: what a cost is: "kl", or "output" (faster to measure: squared output error). `dense`:
+    modules may also stay as they are. `check` False leaves out the comparison with the best single scheme. Raises
+    InvalidOption for a budget that nothing fits, naming the smallest that does.
     """
     if (memory is None) == (bits is None):
         raise InvalidOption("allocate needs one of memory (e.g. '4GB') and bits (e.g. 4.25)")
@@ -113,7 +113,10 @@ def allocate(
     location = locate(path)
     folder = location if location.is_dir() else location.parent
     seen, fresh = _split(calibration, folder, samples, sequence_length, seed)
-    measured = sensitivity(path, seen, names, kl=metric == "kl", cache=cache, device=device, progress=progress)
+    measured = sensitivity(
+        path, seen, names, kl=metric == "kl", algorithm=algorithm if algorithm and sees_inputs(algorithm) else None,
+        cache=cache, device=device, progress=progress,
+    )  # fmt: skip
     units = _units(measured, metric, dense)
     weights = sum(measured.weights.values())
     budget = parse_size(memory) - measured.other_bytes if memory is not None else int(bits * weights / 8)  # type: ignore[operator]

@@ -6,7 +6,8 @@ Three numbers for a module and a scheme, each with only that module's weight qua
     output_error   ||X W'^T - X W^T|| / ||X W^T||, X what calibration text brings the module (up to 512 positions)
     kl             KL(dense || dense with this module replaced), nats per token: what it does to the model's words
 
-Quantization of inputs that a scheme may bring is no part of them. Stacks of experts have no output error.
+Quantization of inputs that a scheme may bring is no part of them. Stacks of experts have no output error. With an algorithm that
+looks at inputs, such as gptq, codes are those that it chooses for what the text brings the module, experts' excepted.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybit import algorithms
 from anybit.engine.advice_plans import layout_bytes
 from anybit.engine.calibration import calibration_tokens
 from anybit.engine.load import Prepared, load, prepare
-from anybit.engine.materialize import make_weight
+from anybit.engine.materialize import dense_part, make_weight
 from anybit.engine.plan import Entry, module_info
 from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable, near_path
 from anybit.quantizers.named import from_scheme
+from anybit.weight import Layout, Weight
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,6 +79,7 @@ def sensitivity(
     schemes: Sequence[str],
     *,
     kl: bool = True,
+    algorithm: str | None = None,
     samples: int = SAMPLES,
     sequence_length: int = LENGTH,
     seed: int = SEED,
@@ -86,14 +90,19 @@ def sensitivity(
     """Measure every module of the dense model `path` in each of the named `schemes`.
 
     `calibration`: as for `quantize`. `kl` False leaves out the costly part: one pass over the text for every module and scheme.
+    `algorithm`: one that rounds by what the inputs are (`sees_inputs`), e.g. "gptq"; None: each scheme's own rounding.
     `cache`: a JSON file; what it holds of the same weights, text and schemes is not measured again.
     """
     if not schemes:
         raise InvalidOption("sensitivity needs at least one scheme; `anybit methods` lists them")
+    if algorithm is not None and not sees_inputs(algorithm):
+        raise InvalidOption(
+            f"sensitivity is measured with algorithms that round by their inputs, such as gptq, not {algorithm!r}"
+        )
     plans = {name: _planned(path, name) for name in dict.fromkeys(schemes)}
     ready = next(iter(plans.values()))
     tokens = calibration_tokens(calibration, ready.folder, samples=samples, length=sequence_length, seed=seed)
-    store = _Store(Path(cache) if cache is not None else None, _fingerprint(ready, tokens))
+    store = _Store(Path(cache) if cache is not None else None, _fingerprint(ready, tokens, algorithm))
     entries = {name: {entry.slot.parameter: entry for entry in made.plan.entries} for name, made in plans.items()}
     wanted = [
         key for key in entries[next(iter(plans))] if any(own[key].action == "quantize" for own in entries.values())
@@ -109,7 +118,7 @@ def sensitivity(
                 continue
             found = store.get(entry, name)
             if found is None or (kl and found.kl is None):
-                measure = measure or _Measure(path, tokens, wanted, torch.device(device))
+                measure = measure or _Measure(path, tokens, wanted, torch.device(device), algorithm)
                 found = measure.cost(plans[name], entry, name, kl)
                 store.put(found)
             costs.append(found)
@@ -149,9 +158,16 @@ def _names(entry: Entry, ready: Prepared) -> list[str]:
     return [module_info(entry.slot, part, entry.parts, ready.plan.dtype).name for part in entry.parts]
 
 
-def _fingerprint(ready: Prepared, tokens: Tensor) -> str:
-    """Of the weights (names, shapes, sizes, files' sizes and times) and the text."""
-    digest = hashlib.sha256(f"{VERSION}".encode())
+def sees_inputs(algorithm: str) -> bool:
+    """Whether an algorithm rounds one matrix, given its inputs' second moments. InvalidOption for one that is not known."""
+    steps = algorithms.steps(algorithm)
+    run = None if steps.rounding is None else getattr(algorithms.module(steps.rounding), "quantize", None)
+    return not steps.foldings and run is not None and "hessian" in algorithms.accepted(run, {"hessian": None})
+
+
+def _fingerprint(ready: Prepared, tokens: Tensor, algorithm: str | None) -> str:
+    """Of the weights (names, shapes, sizes, files' sizes and times), the text and the algorithm."""
+    digest = hashlib.sha256(f"{VERSION}{algorithm or ''}".encode())
     files: dict[str, None] = {}
     for name, info in sorted(ready.checkpoint.tensors.items()):
         digest.update(f"{name} {info.dtype} {info.shape};".encode())
@@ -208,18 +224,19 @@ class _Store:
 class _Measure:
     """The dense model, what its modules see of the text, and its words."""
 
-    def __init__(self, path: Any, tokens: Tensor, wanted: Sequence[str], device: torch.device):
+    def __init__(self, path: Any, tokens: Tensor, wanted: Sequence[str], device: torch.device, algorithm: str | None):
         # float32: two evaluations differ by what was replaced, not by rounding, and CPUs are faster at it
         self.model: Any = load(path, device_map=device, dtype=torch.float32)
         self.model.eval()
-        self.tokens, self.device = tokens.to(device), device
+        self.tokens, self.device, self.algorithm = tokens.to(device), device, algorithm
         self.inputs: dict[str, Tensor] = {}
         self.expected = self._words(self._listening(wanted))
 
     def _listening(self, wanted: Sequence[str]) -> list[Any]:
         """Hooks that keep some rows of the inputs of each linear layer."""
         handles = []
-        share = max(1, ROWS // -(-len(self.tokens) // ROWS_AT_ONCE))
+        rows = ROWS if self.algorithm is None else self.tokens.numel()
+        share = max(1, rows // -(-len(self.tokens) // ROWS_AT_ONCE))
         kept: dict[str, list[Tensor]] = {}
         for key in wanted:
             name = key.removesuffix(".weight")
@@ -248,8 +265,10 @@ class _Measure:
     def cost(self, ready: Prepared, entry: Entry, scheme: str, kl: bool) -> Cost:
         """One module in one scheme; the model is left as it was."""
         stored = sum(layout_bytes(part.layout) for part in entry.parts)
+        inputs = self.inputs.get(entry.slot.module)
         try:
-            made = quantized_dense(ready, entry, self.device)
+            seen = inputs if self.algorithm is not None and len(entry.slot.shape) == 2 else None
+            made = quantized_dense(ready, entry, self.device, self.algorithm, seen)
         except (CalibrationNeeded, NotRepresentable) as error:
             raise CalibrationNeeded(f"{scheme}: {error}") from error
         parameter: Any = functools.reduce(getattr, entry.slot.parameter.split("."), self.model)
@@ -257,7 +276,7 @@ class _Measure:
         dense = parameter.detach().to(torch.float32)
         logical = dense.transpose(-1, -2) if entry.slot.transposed else dense
         weight_error = float((made - logical).norm() / logical.norm().clamp(min=1e-30))
-        inputs, output_error = self.inputs.get(entry.slot.module), None
+        output_error = None
         if inputs is not None and logical.dim() == 2:
             wanted = inputs @ logical.T
             output_error = float((inputs @ made.T - wanted).norm() / wanted.norm().clamp(min=1e-30))
@@ -286,13 +305,39 @@ def _keeper(kept: list[Tensor], share: int) -> Callable[[nn.Module, Any], None]:
     return keep
 
 
-def quantized_dense(ready: Prepared, entry: Entry, device: torch.device | str = "cpu") -> Tensor:
-    """float32 [out, in] or [experts, out, in] of a weight after it went through its layouts."""
+def quantized_dense(
+    ready: Prepared,
+    entry: Entry,
+    device: torch.device | str = "cpu",
+    algorithm: str | None = None,
+    inputs: Tensor | None = None,
+) -> Tensor:
+    """float32 [out, in] or [experts, out, in] of a weight after it went through its layouts.
+
+    `inputs` [rows, in]: what `algorithm` rounds by; without them, the layout's own rounding.
+    """
     rows: dict[int | None, list[Tensor]] = {}
+    moments = None if inputs is None else inputs.T @ inputs * (2 / len(inputs))
     for part in entry.parts:
         assert part.layout is not None
-        weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+        if moments is None:
+            weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+        else:
+            dense = dense_part(ready.model, entry, part, ready.checkpoint).to(device, torch.float32)
+            weight = _rounded(ready, part.layout, dense, str(algorithm), moments)
         stored = part.layout.encode(weight)
         rows.setdefault(part.index[0], []).append(part.layout.decode(stored).to_dense(torch.float32))
     experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
     return experts[0] if None in rows else torch.stack(experts)
+
+
+def _rounded(ready: Prepared, layout: Layout, dense: Tensor, algorithm: str, moments: Tensor) -> Weight:
+    """One matrix, rounded as `quantize` would with this algorithm; groups keep their stored order."""
+    assert ready.quantizer is not None
+    run = algorithms.module(algorithm).quantize
+    own = ready.quantizer.calibration_options() if ready.quantizer.calibrated_algorithm == algorithm else {}
+    options = algorithms.accepted(run, {**layout.algorithm_options(), **own, "hessian": moments})
+    if options.get("order") == "columns":
+        options["order"] = "groups"
+    weight: Weight = run(dense, layout.scheme(), **options)
+    return weight

@@ -79,7 +79,7 @@ def _results(name: str, facts: Facts) -> list[str]:
     metrics = [("perplexity", found.perplexity), ("kl", found.kl), ("top1_agreement", found.top1)]
     lines = [
         "model-index:", f"- name: {json.dumps(name)}", "  results:", "  - task:", "      type: text-generation",
-        "    dataset:", f"      name: {json.dumps(found.protocol)}", "      type: text", "    metrics:",
+        "    dataset:", f"      name: {json.dumps(facts.text or 'a text of its maker')}", "      type: text", "    metrics:",
     ]  # fmt: skip
     for kind, value in metrics:
         if value is not None and math.isfinite(value):

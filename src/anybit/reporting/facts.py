@@ -63,6 +63,7 @@ class Facts:
     versions: dict[str, str]
     command: str
     reference: str | None = None
+    text: str | None = None  # the name of the file that quality was measured on
     dense_bytes: int | None = None
     dense_memory: int | None = None
     evaluation: Evaluation | None = None
@@ -137,6 +138,7 @@ def gather(
         facts.reference = str(reference)
         facts.dense_bytes, facts.dense_memory = dense.anybit_plan.bytes_on_disk, dense.anybit_plan.bytes_in_memory
     if text is not None:
+        facts.text = Path(text).name if read_text(text)[0] != text else None
         facts.evaluation = evaluate(
             model, text, reference=dense, max_tokens=max_tokens, per_module=dense is not None, progress=progress
         )
