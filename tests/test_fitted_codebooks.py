@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import anybit
-from anybit import algorithms
+from anybit import GPTQConfig, algorithms
 from anybit.errors import CalibrationNeeded, ConfigError, NotRepresentable
 from anybit.methods.aqlm import AqlmConfig
 from anybit.methods.spqr import SpQRConfig
@@ -77,6 +78,32 @@ def test_spqr_beats_rounding_with_the_same_groups(layer: tuple[torch.Tensor, tor
     without = algorithms.get("spqr")(dense, replace(layout, outliers=0).scheme(), hessian=hessian)
     assert ours < 0.6 * loss(without.to_dense("float32"), dense, hessian)
     assert layout.specs()["col_vals"][1] == (round(0.01 * dense.numel()),)
+
+
+def test_spqr_is_for_heavy_tails(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """At the size of four bits: better than GPTQ where weights have heavy tails, worse where they have none (see spqr.py)."""
+    dense, hessian = layer
+    torch.manual_seed(0)
+    tails = torch.distributions.StudentT(3.0).sample(dense.shape) * 0.02  # type: ignore[no-untyped-call]
+    quantizer = AutoHfQuantizer.from_config(GPTQConfig(bits=4, group_size=128), pre_quantized=False)
+    grid: Any = quantizer.layout_for(ModuleInfo(NAME, "linear", tuple(dense.shape), "float16"))
+
+    def bits(layout: Any) -> float:
+        sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in layout.specs().values()]
+        return 8 * sum(sizes) / dense.numel()
+
+    found = {}
+    for name, weight in (("tails", tails), ("none", torch.randn(dense.shape) * 0.02)):
+        layout, _ = made(SpQRConfig(), weight, hessian)
+        sparse = replace(layout, outliers=round(0.003 * dense.numel()))
+        made_by_spqr = algorithms.get("spqr")(weight, sparse.scheme(), hessian=hessian)
+        by_gptq = algorithms.get("gptq")(weight, grid.scheme(), hessian=hessian)
+        assert bits(sparse) < 1.01 * bits(grid)
+        found[name] = loss(made_by_spqr.to_dense("float32"), weight, hessian) / loss(
+            by_gptq.to_dense("float32"), weight, hessian
+        )
+    assert found["tails"] < 0.9
+    assert found["none"] > 1.2
 
 
 @pytest.mark.parametrize(

