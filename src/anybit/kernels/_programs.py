@@ -16,7 +16,7 @@ import functools
 import json
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -117,7 +117,7 @@ class ProgramKernel(Kernel):
         space = Workspace(weight, nested=self.nested)
         program = program_of(weight.tree, space, self.leaf_program)
         spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
-        return json.dumps(spec, default=asdict, separators=(",", ":")), space.tensors
+        return json.dumps(spec, default=vars, separators=(",", ":")), space.tensors
 
     def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
         form = form_of(self, spec)

@@ -63,7 +63,18 @@ class Node:
 
 def children(node: Node) -> list[tuple[str, Node]]:
     """Named direct children; those in tuples are not included (their owners override what needs them)."""
-    return [(field.name, value) for field in fields(node) if isinstance(value := getattr(node, field.name), Node)]
+    return [(name, value) for name in field_names(type(node)) if isinstance(value := getattr(node, name), Node)]
+
+
+_FIELD_NAMES: dict[Any, tuple[str, ...]] = {}
+
+
+def field_names(kind: Any) -> tuple[str, ...]:
+    """Names of the fields of a dataclass, in order. Trees are walked thousands of times while a model is loaded."""
+    found = _FIELD_NAMES.get(kind)
+    if found is None:
+        found = _FIELD_NAMES[kind] = tuple(field.name for field in fields(kind))
+    return found
 
 
 def map_tensors(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
@@ -78,7 +89,8 @@ def _visit(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Node):
-        return replace(value, **{field.name: _visit(getattr(value, field.name), change) for field in fields(value)})
+        kind = type(value)
+        return kind(**{name: _visit(getattr(value, name), change) for name in field_names(kind)})
     return tuple(_visit(item, change) for item in value) if isinstance(value, tuple) else value
 
 
@@ -104,13 +116,19 @@ def _device(node: Node) -> torch.device:
 def tensors_of(node: Node) -> list[Tensor]:
     """Every tensor of the tree, in field order."""
     found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(node, keep)
+    _collect(node, found)
     return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, Node):
+        for name in field_names(type(value)):
+            _collect(getattr(value, name), found)
+    elif isinstance(value, tuple):
+        for part in value:
+            _collect(part, found)
 
 
 # --- leaves -----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
 from anybit.weight.activation import Activation
-from anybit.weight.nodes import NODES, Node, map_tensors, tensors_of
+from anybit.weight.nodes import NODES, Node, field_names, map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,7 @@ def _describe(value: Any, counter: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return {"t": next(counter)}
     if isinstance(value, (Node, Activation)):
-        kept = {item.name: getattr(value, item.name) for item in fields(value)}
+        kept = {name: getattr(value, name) for name in field_names(type(value))}
         return {
             "n": type(value).__name__,
             **{name: _describe(part, counter) for name, part in kept.items() if part is not None},
