@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -44,6 +45,13 @@ class Kernel(ABC):
     @abstractmethod
     def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
         """x [tokens, in] -> [tokens, out] in x's dtype, activation quantization and bias included."""
+
+    def bound(self, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """`linear` for inputs [..., in] with all but the input settled; None: nothing is gained by it.
+
+        It holds while the tensors and the bias stay where they are in memory, and keeps none of them alive.
+        """
+        return None
 
     def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
         """gradient [tokens, out] -> gradient @ W [tokens, in] in its dtype: activation quantization is passed straight."""

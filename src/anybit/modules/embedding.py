@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from anybit.kernels import ops
+from anybit.kernels._direct import unobserved
 from anybit.modules.packed import PackedWeight
 
 
@@ -20,7 +22,8 @@ class QuantEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         dtype = getattr(torch, self.parts[0].layout.dtype)
-        return torch.ops.anybit.embedding(input, self.packed, self.spec, self.embedding_dim, dtype)
+        look_up = ops.embedding if unobserved(input) else torch.ops.anybit.embedding
+        return look_up(input, self.packed, self.spec, self.embedding_dim, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.form}"

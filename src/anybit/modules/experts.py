@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import NoKernel
+from anybit.kernels import ops
+from anybit.kernels._direct import unobserved
 from anybit.modules.packed import PackedWeight
 from anybit.modules.proxy import PackedTensor
 
@@ -50,7 +52,8 @@ class QuantExperts(PackedWeight):
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [n, in] sorted by expert, expert e owning rows ends[e-1] .. ends[e] -> [n, out]."""
-        return torch.ops.anybit.experts_linear(x, ends, self.packed, self.spec, self.quantized_shape[1])
+        multiply = ops.experts_linear if unobserved(x) else torch.ops.anybit.experts_linear
+        return multiply(x, ends, self.packed, self.spec, self.quantized_shape[1])
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """The matrix of one expert as far as a model's forward needs it: in a product."""

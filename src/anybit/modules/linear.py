@@ -23,7 +23,7 @@ class QuantLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.anybit.linear(x, self.packed, self.bias, self.spec, self.out_features)
+        return self.multiply(x, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -56,7 +56,7 @@ class TiedLinear(nn.Linear):
         return self.owner.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.anybit.linear(x, self.owner.packed, self.bias, self.owner.spec, self.out_features)
+        return self.owner.multiply(x, self.bias)
 
     def extra_repr(self) -> str:
         return (

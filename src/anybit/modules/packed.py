@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from anybit.errors import CheckpointError
-from anybit.kernels import Kernel, choose
+from anybit.kernels import Kernel, choose, ops
+from anybit.kernels._direct import Bound, unobserved
 from anybit.kernels.ops import full_spec
 from anybit.modules.proxy import PackedTensor
 from anybit.weight import Layout, Weight
@@ -53,6 +54,7 @@ class PackedWeight(nn.Module):
     kernel: Kernel
     spec: str
     quantized_shape: tuple[int, ...]  # (out, in) or (experts, out, in)
+    _bound: Bound | None = None
 
     # --- filling ---
 
@@ -68,11 +70,22 @@ class PackedWeight(nn.Module):
         whole = _scheme(tuple(part.layout for part in parts), indexes) if on_meta else joined(indexes, weights)
         self._prepare(whole, kernel)
 
+    def take_form(self, parts: tuple[Part, ...], other: PackedWeight) -> None:
+        """What `set_weights` with the parts' schemes does, copied from a layer on the meta device whose parts are alike."""
+        self.parts = parts
+        self._drop(_EXTRA)
+        self._drop(_TENSOR)
+        self.kernel, self.spec, self._bound = other.kernel, other.spec, None
+        self.quantized_shape = other.quantized_shape
+        for name, tensor in other._parameters.items():
+            if _is_ours(name) and tensor is not None:
+                self._hold(name, tensor.detach())
+
     def _prepare(self, weight: Weight, kernel: Kernel | None = None) -> None:
         kernel = kernel or choose(weight, weight.device).kernel
         self.quantized_shape = tuple(weight.shape)
         spec, tensors = kernel.prepare(weight)
-        self.kernel, self.spec = kernel, full_spec(kernel, spec)
+        self.kernel, self.spec, self._bound = kernel, full_spec(kernel, spec), None
         self._drop(_TENSOR)
         for number, tensor in enumerate(tensors):
             self._hold(f"{_TENSOR}{number}", tensor)
@@ -94,8 +107,23 @@ class PackedWeight(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> x @ W.T [..., out], without bias."""
-        result: Tensor = torch.ops.anybit.linear(x, self.packed, None, self.spec, self.quantized_shape[-2])
-        return result
+        return self.multiply(x, None)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] -> x @ W.T + bias [..., out]."""
+        rows = self.quantized_shape[-2]
+        if not unobserved(x):
+            result: Tensor = torch.ops.anybit.linear(x, self.packed, bias, self.spec, rows)
+            return result
+        bound = self._bound
+        if bound is None or not bound.holds(self._parameters, bias):
+            names = [name for name in self._parameters if name.startswith(_TENSOR)]
+            tensors = self.packed
+            product = self.kernel.bound(self.spec.partition("\n")[2], tensors, bias)
+            if product is None:
+                return ops.linear(x, tensors, bias, self.spec, rows)
+            self._bound = bound = Bound(product, self._parameters, names, bias)
+        return bound.product(x)
 
     @property
     def form(self) -> str:

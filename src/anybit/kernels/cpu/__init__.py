@@ -12,7 +12,7 @@ than native.MANY rows of input it rounds them to 8 bits, 32 columns sharing a sc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -106,6 +106,12 @@ class CpuGrid(ProgramKernel):
             return outliers.SparseLeaf(content)
         return Leaf(content["grid"], content) if kind == "codebook" else Leaf(content, None, self.fast)
 
+    def bound(self, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        form = form_of(self, spec)
+        if form.rule is not None or not isinstance(form.program, Leaf):
+            return None
+        return form.program.bound(tensors, bias)
+
     def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
         program = form_of(self, spec).program
         if isinstance(program, Leaf):
@@ -186,6 +192,36 @@ class Leaf(Program):
         if x.device.type != "cpu":
             raise RuntimeError(f"an input on {x.device} does not fit a weight on the CPU")
         native.linear(self.shape, self.pointers(tensors, expert), x, bias, y, add, self.many, self.fast)
+
+    def bound(self, tensors: list[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """`linear` for any number of leading axes, with the structures of the library made once."""
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        if bias is not None and (
+            bias.shape != (self.rows,) or bias.dtype not in native.KINDS or not bias.is_contiguous()
+        ):
+            return None  # it has to be looked at, or copied, for every product
+        call = native.bound_linear(self.shape, self.pointers(tensors, 0), bias, self.many, self.fast)
+        rows, columns = self.rows, self.columns
+
+        def product(x: Tensor) -> Tensor:
+            if x.dtype not in native.KINDS:
+                return product(readable(x)).to(x.dtype)
+            if x.shape[-1] != columns:
+                self.check(x.reshape(-1, x.shape[-1]))
+            if not x.is_cpu:
+                raise RuntimeError(f"an input on {x.device} does not fit a weight on the CPU")
+            y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+            if y.numel() == 0:
+                pass
+            elif x.is_contiguous():
+                call(x, y, x.numel() // columns, columns, 1)
+            else:
+                flat = x.reshape(-1, columns)
+                call(flat, y, flat.shape[0], flat.stride(0), flat.stride(1))
+            return y
+
+        return product
 
     def each_expert(self, x: Tensor, ends: Tensor, tensors: list[Tensor], y: Tensor) -> None:
         ends = ends.to(torch.int64).contiguous()

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,8 +115,6 @@ def _load() -> ctypes.CDLL | str:
     library.anybit_encoders.argtypes, library.anybit_encoders.restype = [], ctypes.c_char_p
     library.anybit_add_sparse.argtypes = [*[pointer] * 3, integer, pointer, *[integer] * 4, pointer, *[integer] * 2]
     library.anybit_add_sparse.restype = None
-    library.anybit_add_sparse.argtypes = [*[pointer] * 3, integer, pointer, *[integer] * 4, pointer, *[integer] * 2]
-    library.anybit_add_sparse.restype = None
     library.anybit_use_gomp(_gomp_parallel())
     try:
         wanted = os.environ.get(LEVEL_VARIABLE)
@@ -195,6 +194,28 @@ def linear(
         ),
         x,
     )
+
+
+def bound_linear(
+    shape: Shape, tensors: Tensors, bias: Tensor | None, many: int, fast: bool
+) -> Callable[[Tensor, Tensor, int, int, int], None]:
+    """`linear` as a call (x, y, rows of x, its strides by row and column), y [..., rows] contiguous and of x's dtype.
+
+    It reads where the pointers say, whatever became of the tensors.
+    """
+    function, rows = library().anybit_linear, shape.rows
+    own_shape, own_tensors = ctypes.byref(shape), ctypes.byref(tensors)
+    bias_place, bias_kind = (None, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
+
+    def call(x: Tensor, y: Tensor, n: int, x_row: int, x_column: int) -> None:
+        kind = KINDS[x.dtype]
+        product = Product(
+            x.data_ptr(), kind, n, x_row, x_column, bias_place, bias_kind, y.data_ptr(), kind, rows, False, fast
+        )
+        if function(own_shape, own_tensors, ctypes.byref(product), many, torch.get_num_threads()):
+            _succeed(1, x)
+
+    return call
 
 
 def experts(
