@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from torch import nn
 from anybit._memory import give_back_free_memory, without_collections
 from anybit.containers import Checkpoint
 from anybit.engine import devices, skeleton
-from anybit.engine.materialize import attach_packed, load_entry, load_plain, set_tensor, tie
+from anybit.engine.materialize import Alike, attach_scheme, load_entry, load_plain, set_tensor, tie
 from anybit.engine.names import Names
 from anybit.engine.plan import Plan, build_plan, refuse_uncalibrated
 from anybit.engine.source import locate, read_quantizer, recognize_quantizer, unbundled
 from anybit.engine.write import side_files
 from anybit.errors import InvalidOption, did_you_mean
+from anybit.kernels import Kernel
 from anybit.modules import PackedWeight
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.bundle import Bundle
 from anybit.quantizers.checkpoint_config import read_json
-from anybit.weight import Layout, Weight
 
 TRIM_EVERY_BYTES = 32 << 20
 Progress = Callable[[str, int, int], None]  # (module, bytes done, bytes in all)
@@ -79,9 +78,10 @@ def load(
     placement = place(prepared, device_map, max_memory)
     done, total = 0, max(plan.bytes_on_disk, 1)
     offloader = devices.Offloader(placement, offload_folder)
+    kernels: dict[tuple[Alike, torch.device], Kernel] = {}
     for entry in plan.entries:
         target = placement.device_of(entry.slot.module)
-        load_entry(model, entry, plan, checkpoint, target if target != "disk" else torch.device("cpu"))
+        load_entry(model, entry, plan, checkpoint, target if target != "disk" else torch.device("cpu"), kernels)
         if target == "disk":
             offloader.move_out(model, entry.slot.module)
         before, done = done, done + entry.bytes_stored
@@ -214,20 +214,14 @@ def prepare(
 @without_collections()
 def place(prepared: Prepared, device_map: Any, max_memory: Mapping[Any, Any] | None = None) -> devices.Placement:
     """Put packed layers without numbers into the model, and decide which device each weight gets."""
+    known: dict[Alike, PackedWeight] = {}
     for entry in prepared.plan.entries:
         if entry.action != "dense":
-            schemes = [_scheme(part.layout) for part in entry.parts if part.layout is not None]
-            attach_packed(prepared.model, entry, schemes)
+            attach_scheme(prepared.model, entry, known)
     placement = devices.place(prepared.model, device_map, max_memory)
     for entry in prepared.plan.entries:
         entry.device = str(placement.device_of(entry.slot.module))
     return placement
-
-
-@functools.lru_cache(maxsize=1024)
-def _scheme(layout: Layout) -> Weight:
-    """The layout's scheme; a model has thousands of weights and few different layouts."""
-    return layout.scheme()
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:

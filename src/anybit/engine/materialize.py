@@ -10,25 +10,36 @@ from torch import Tensor, nn
 
 from anybit import algorithms
 from anybit.containers import Checkpoint
-from anybit.engine.names import WHOLE
+from anybit.engine.names import WHOLE, Index
 from anybit.engine.plan import Entry, Plan, PlannedPart
 from anybit.engine.skeleton import Slot
 from anybit.errors import AnybitError, CalibrationNeeded, located
+from anybit.kernels import Kernel
 from anybit.modules import PackedWeight, Part, QuantEmbedding, QuantExperts, QuantLinear, TiedLinear
 from anybit.quantizers.attachments import carry_over
 from anybit.weight import Layout, Weight
 from anybit.weight.layout import join_name
 from anybit.weight.row_cut import RowCutLayout
 
+Alike = tuple[tuple[Layout, Index], ...]  # what weights of one form are made of
 
-def load_entry(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Read, decode or quantize, and set one weight of the model."""
+
+def load_entry(
+    model: nn.Module,
+    entry: Entry,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    kernels: dict[tuple[Alike, torch.device], Kernel] | None = None,
+) -> None:
+    """Read, decode or quantize, and set one weight of the model. `kernels`: those chosen before, for weights of one form."""
     if entry.action == "dense":
         set_tensor(model, entry.slot.parameter, read_dense(model, entry, plan, checkpoint), device)
         return
-    attach_packed(
-        model, entry, [make_weight(model, entry, part, checkpoint, device).to(device) for part in entry.parts]
-    )
+    weights = [make_weight(model, entry, part, checkpoint, device).to(device) for part in entry.parts]
+    key = _alike(entry), device
+    known = kernels if kernels is not None else {}
+    known[key] = attach_packed(model, entry, weights, known.get(key)).kernel
 
 
 def make_weight(
@@ -39,8 +50,7 @@ def make_weight(
     assert layout is not None
     try:
         if entry.action == "packed":
-            stored = {name: checkpoint.read(info.name) for name, info in part.stored.items()}
-            return layout.read(stored) if isinstance(layout, RowCutLayout) else layout.decode(stored)
+            return _decoded(layout, part, checkpoint, torch.device(device))
         if layout.algorithm is None:
             raise CalibrationNeeded(
                 f"it cannot be quantized to {type(layout).__name__} from its weights alone; "
@@ -51,6 +61,25 @@ def make_weight(
         return algorithms.get(layout.algorithm)(dense, layout.scheme(), **options)
     except AnybitError as error:
         raise located(error, f"{part.prefix} ({next(iter(part.stored.values())).file})") from error.__cause__
+
+
+def _decoded(layout: Layout, part: PlannedPart, checkpoint: Checkpoint, device: torch.device) -> Weight:
+    """The weight of stored tensors, on `device`. They are read in a map of their file, which nothing keeps afterwards.
+
+    Most layouts make new tensors of the largest ones: copying these out of the file first would be a second pass over them.
+    """
+    stored = {name: checkpoint.read(info.name, copy=False) for name, info in part.stored.items()}
+    weight = layout.read(stored) if isinstance(layout, RowCutLayout) else layout.decode(stored)
+    starts = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in stored.values()]
+
+    def owned(tensor: Tensor) -> Tensor:
+        place = tensor.data_ptr()
+        return tensor.clone() if any(start <= place < stop for start, stop in starts) else tensor
+
+    weight = weight.map(owned) if device.type == "cpu" else weight.to(device)
+    del stored
+    checkpoint.release()
+    return weight
 
 
 def covering(
@@ -100,8 +129,29 @@ def read_dense(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoin
     return full
 
 
-def attach_packed(model: nn.Module, entry: Entry, weights: list[Weight]) -> None:
-    """Make the layer a packed one (once), then give it the weights; schemes on the meta device are legal."""
+def attach_packed(model: nn.Module, entry: Entry, weights: list[Weight], kernel: Kernel | None = None) -> PackedWeight:
+    """Make the layer a packed one (once), then give it the weights; `kernel`: default the best one."""
+    module, parts = _packed_module(model, entry)
+    module.set_weights(parts, weights, kernel)
+    return module
+
+
+def attach_scheme(model: nn.Module, entry: Entry, known: dict[Alike, PackedWeight]) -> None:
+    """Make the layer a packed one without numbers. `known`: one such layer for every form, which others are copied from."""
+    module, parts = _packed_module(model, entry)
+    key = _alike(entry)
+    if key in known:
+        module.take_form(parts, known[key])
+    else:
+        module.set_weights(parts, [part.layout.scheme() for part in parts])
+        known[key] = module
+
+
+def _alike(entry: Entry) -> Alike:
+    return tuple((part.layout, part.index) for part in entry.parts if part.layout is not None)
+
+
+def _packed_module(model: nn.Module, entry: Entry) -> tuple[PackedWeight, tuple[Part, ...]]:
     slot = entry.slot
     parts = tuple(Part(part.layout, part.prefix, part.index) for part in entry.parts if part.layout is not None)
     module: Any = model.get_submodule(slot.module) if slot.kind != "experts" else _get(model, slot.module)
@@ -111,7 +161,7 @@ def attach_packed(model: nn.Module, entry: Entry, weights: list[Weight]) -> None
         owner = model.get_submodule(parent)
         owner._parameters.pop(own, None)
         setattr(owner, own, module)
-    module.set_weights(parts, weights)
+    return module, parts
 
 
 def _get(model: nn.Module, path: str) -> Any:
