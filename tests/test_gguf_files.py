@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_gguf_architectures import CASES, build
 from test_resume import CALIBRATED, TINY, broken, content
 
 import anybit
@@ -17,6 +18,7 @@ from anybit import GgufConfig
 from anybit.containers import Checkpoint
 from anybit.engine import resume
 from anybit.errors import ConfigError
+from anybit.methods._gguf_imatrix import read
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +154,61 @@ def test_a_run_for_another_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"broken run that differs from this one.*{words}"):
             anybit.quantize(TINY, tmp_path / "out", other)
     anybit.quantize(TINY, tmp_path / "out", GgufConfig(mix="Q4_1"), restart=True)
+
+
+# --- importance matrices -----------------------------------------------------------------------------------------------------
+
+
+def test_an_importance_matrix_holds_the_mean_squares_of_inputs(llama: Path, tmp_path: Path) -> None:
+    """Against transformers' own model; the file is read again by what reads llama.cpp's."""
+    tokens = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(5))
+    file = anybit.importance_matrix(llama, tmp_path / "im.gguf", tokens)
+    seen: dict[str, torch.Tensor] = {}
+    dense = transformers.LlamaForCausalLM.from_pretrained(llama)
+    own = {"blk.0.attn_q": "layers.0.self_attn.q_proj", "blk.0.ffn_up": "layers.0.mlp.up_proj"}
+    own |= {"blk.1.ffn_down": "layers.1.mlp.down_proj", "blk.1.attn_output": "layers.1.self_attn.o_proj"}
+    for name, module in own.items():
+
+        def note(_: Any, args: Any, name: str = name) -> None:
+            seen[name] = args[0].flatten(0, 1).square().mean(0)
+
+        dense.model.get_submodule(module).register_forward_pre_hook(note)
+    with torch.no_grad():
+        dense(tokens)
+    found = read(str(file), Checkpoint.another)
+    assert len(found) == 14
+    for name, wanted in seen.items():
+        assert torch.allclose(found[f"{name}.weight"][0], wanted, rtol=1e-4)
+    with Checkpoint.open(file) as checkpoint:
+        assert checkpoint.values["general.type"] == "imatrix"
+        assert (checkpoint.values["imatrix.chunk_count"], checkpoint.values["imatrix.chunk_size"]) == (4, 32)
+        assert float(checkpoint.read("blk.0.attn_q.weight.counts")) == 128
+    anybit.quantize(llama, tmp_path / "out", GgufConfig(mix="IQ2_XXS", imatrix=str(file)))
+    with pytest.raises(FileExistsError):
+        anybit.importance_matrix(llama, file, tokens)
+    with pytest.raises(ConfigError, match=r"\.gguf"):
+        anybit.importance_matrix(llama, tmp_path / "im.dat", tokens)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["im.gguf", "out"]
+
+
+def test_calibration_makes_what_an_importance_matrix_makes(llama: Path, tmp_path: Path) -> None:
+    """The types are those of a weighted file, and nothing is refused."""
+    tokens = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(5))
+    anybit.quantize(llama, tmp_path / "seen", GgufConfig(mix="IQ3_XXS"), calibration=tokens)
+    file = anybit.importance_matrix(llama, tmp_path / "im.gguf", tokens)
+    anybit.quantize(llama, tmp_path / "given", GgufConfig(mix="IQ3_XXS", imatrix=str(file)))
+    with Checkpoint.open(tmp_path / "seen") as one, Checkpoint.open(tmp_path / "given") as two:
+        types = [{name: info.encoding for name, info in own.tensors.items()} for own in (one, two)]
+        assert types[0] == types[1]
+        assert torch.equal(
+            one.read("blk.0.attn_q.weight"), two.read("blk.0.attn_q.weight")
+        )  # the first layers see the same
+
+
+def test_stacks_of_experts_have_a_row_for_each(tmp_path: Path) -> None:
+    model = build(CASES["gpt-oss"])
+    model.save_pretrained(tmp_path / "dense")
+    tokens = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(5))
+    found = read(str(anybit.importance_matrix(tmp_path / "dense", tmp_path / "im.gguf", tokens)), Checkpoint.another)
+    assert found["blk.0.ffn_gate_exps.weight"].shape == found["blk.0.ffn_up_exps.weight"].shape == (4, 64)
+    assert found["blk.1.ffn_down_exps.weight"].shape == (4, 96)

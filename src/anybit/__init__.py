@@ -27,6 +27,7 @@ _NAMES = {
     "merge": "anybit.engine.merge",
     "rotate": "anybit.engine.rotate",
     "lora_init": "anybit.engine.loftq",
+    "importance_matrix": "anybit.engine.importance",
     "evaluate": "anybit.engine.evaluate",
     "inspect": "anybit.engine.inspection",
     "recommend": "anybit.engine.recommend",

@@ -50,6 +50,7 @@ class Names:
         for own, target in architecture.names.items():
             if "{e}" not in own:
                 self._plain.setdefault(target.replace("=", ""), own)
+        self._twins = dict(architecture.interleaved)
         for (first, _), target in architecture.interleaved.items():
             self._plain[target.replace("=", "")] = f"blk.{{n}}.{first}"
         for own, targets in architecture.pieces.items():
@@ -65,6 +66,15 @@ class Names:
             return None
         expert = int(numbers[1]) if len(numbers) > 1 else None
         return (own.format(n=numbers[0]) if numbers else own), expert
+
+    def everywhere(self, module: str) -> list[str]:
+        """All GGUF modules that hold rows of this one."""
+        where = self.find(module)
+        if where is None:
+            return []
+        head, _, own = where[0].rpartition(".")
+        twins = [f"{head}.{second}" for first, second in self._twins if first == own]
+        return [where[0], *twins]
 
     def piece(self, module: str) -> tuple[int, int] | None:
         """Of a module that is a part of a GGUF matrix: which, of how many."""

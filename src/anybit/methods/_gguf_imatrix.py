@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
 from anybit.errors import CorruptFile, InvalidOption
+from anybit.quantizers.bundle import Bundled, Placed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +37,27 @@ def read(path: str, another: Any) -> dict[str, Tensor]:
                 f"{path}: {name[:100]!r} holds numbers that are no mean squares. Compute the matrix again"
             )
     return found
+
+
+def write(path: Path, found: Mapping[str, tuple[Tensor, Tensor]], chunks: int, length: int) -> None:
+    """A new file in the form of llama.cpp's tool. `found`: tensor name -> sums of squares [experts, in], tokens [experts];
+    of `chunks` texts of `length` tokens."""
+    from anybit.containers.gguf_writer import GgufWriter
+
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    numbers: dict[str, Tensor] = {}
+    for name, (sums, counts) in sorted(found.items()):
+        numbers |= {name + SUMS: sums.to(torch.float32), name + COUNTS: counts.to(torch.float32).reshape(-1, 1)}
+    for name, tensor in numbers.items():
+        tensors[name] = "F32", tuple(tensor.shape)
+    values = {
+        "general.type": "imatrix", "imatrix.datasets": ["calibration"], "imatrix.chunk_count": chunks,
+        "imatrix.chunk_size": length,
+    }  # fmt: skip
+    bundled = Bundled(path.name, values, tensors, {name: (Placed(name),) for name in tensors})
+    with GgufWriter(path.parent, bundled) as writer:
+        for name, tensor in numbers.items():
+            writer.write(name, tensor)
 
 
 def _of_gguf(path: str, another: Any) -> dict[str, Tensor]:

@@ -291,6 +291,14 @@ class GgufHfQuantizer(HfQuantizer):
             self.decide(f"{kind} instead of {block_type}, whose blocks are wider than its rows", module.name)
         return GgufLayout(module.shape, module.dtype, kind, importance=importance)
 
+    def names_of(self, modules: Sequence[str]) -> list[str]:
+        """Names in a GGUF file of the weights that these modules of a checkpoint are in; valid after `begin`."""
+        if self._names is None:
+            raise ConfigError(
+                "the weights of this model have no names in a GGUF file, so neither has an importance matrix"
+            )
+        return list(dict.fromkeys(f"{name}.weight" for module in modules for name in self._names.everywhere(module)))
+
     def _importance_of(self, name: str | None, expert: int | None, module: ModuleInfo) -> Any:
         found = self._importance.get(name) if self._importance is not None and name is not None else None
         if found is None:
