@@ -11,6 +11,7 @@ import pytest
 import anybit
 from anybit.cli.app import run
 from anybit.containers import Checkpoint
+from anybit.engine.load import prepare as real
 from anybit.engine.recipe import FILE_NAME, Recipe, Setting, quantize_by_recipe, read_recipe, recipe_of
 from anybit.errors import ConfigError, NotRepresentable
 from anybit.quantizers.auto import AutoQuantizationConfig
@@ -31,6 +32,7 @@ CARRIERS = [
     ("torchao-int4-g64", "torchao-int8"),
     ("quark-uint4-g32", "quark-int8"),
     ("quark-mxfp4", "quark-fp8-ptpc"),
+    ("gguf-q4_0", "gguf-q8_0"),
 ]
 
 
@@ -169,10 +171,22 @@ def test_a_recipe_is_followed_and_written_beside_the_result(tmp_path, capsys):
     assert "exclude each other" in capsys.readouterr().err
 
 
+def test_what_is_said_of_the_hub_and_of_pickles_is_passed_on(monkeypatch):
+    from anybit.engine import recipe as module
+
+    asked = []
+    monkeypatch.setattr(module, "prepare", lambda *args, **options: asked.append(options) or real(MODEL, args[1]))
+    monkeypatch.setattr(module, "quantize", lambda *args, **options: asked.append(options))
+    given = {"hub_options": {"revision": "abc"}, "allow_pickle": True}
+    quantize_by_recipe("owner/name", "out", Recipe(Setting("gptq-4bit-g64"), {DOWN: None}), **given)
+    assert len(asked) == 2
+    assert all(given.items() <= options.items() for options in asked)
+
+
 def test_calibration_and_algorithm_are_the_recipes(tmp_path):
     (tmp_path / "text.txt").write_text("The cat sat on the mat and looked at the moon. " * 40)
     (tmp_path / "own.json").write_text(
-        json.dumps({"quantization": "gptq-4bit-g64", "algorithm": "gptq",
+        json.dumps({"quantization": "gptq-4bit-g64", "algorithm": "gptq", "algorithm_options": {"damp": 0.1},
                     "calibration": {"text": "text.txt", "samples": 2, "sequence_length": 32}})
     )  # fmt: skip
     plan = quantize_by_recipe(MODEL, tmp_path / "out", read_recipe(tmp_path / "own.json"))

@@ -154,6 +154,8 @@ class TestWishes:
         static = named(usual)["modelopt-fp8"]  # scales of inputs that only data tells
         assert (static.calibration, static.obstacle) == ("needed", "")
         assert "--calib" in static.command
+        for fitted in ("gguf-iq2_xs", "spqr"):  # codes that are chosen for what inputs weigh
+            assert named(usual)[fitted].calibration == "needed"
         without = named(recommend(MODEL, device="cpu", calibration=False))["modelopt-fp8"]
         assert without.obstacle == "it needs calibration data"
 

@@ -17,7 +17,7 @@ from anybit.engine import advice_rules as rules
 from anybit.engine.advice_plans import DENSE, Known, Unknown, bytes_written, layout_bytes
 from anybit.engine.advice_wishes import Wishes, size
 from anybit.engine.memory import Shape, activation_bytes, cache_bytes, training_bytes
-from anybit.engine.plan import Entry, Plan
+from anybit.engine.plan import Entry, Plan, refuse_uncalibrated
 from anybit.errors import CalibrationNeeded, NoKernel, NotRepresentable
 from anybit.kernels import get
 from anybit.quantizers import registry
@@ -90,6 +90,7 @@ class Judge:
             config = cls(**options)
             try:
                 plan, needs_data = self.source.plan(config, device), False
+                refuse_uncalibrated(plan)
             except (CalibrationNeeded, NotRepresentable, NoKernel) as error:
                 try:
                     plan, needs_data = self.source.plan(config, device, calibrated=True), True
@@ -130,8 +131,8 @@ class Judge:
 
     def quality_of(self, name: str, bits: float) -> tuple[str, str]:
         if name in self.quality:
-            kl = self.quality[name]["kl"]
-            return rules.quality_by_kl(kl), f"KL {kl:.2g}, measured on the bundled model without calibration"
+            kl, how = self.quality[name]["kl"], "with" if "calibrated" in self.quality[name] else "without"
+            return rules.quality_by_kl(kl), f"KL {kl:.2g}, measured on the bundled model {how} calibration"
         return rules.quality_by_bits(bits), f"from {bits:.2f} bits per weight; not measured"
 
     def info_of(self, config: QuantizationConfigMixin | None) -> MethodInfo | None:

@@ -37,6 +37,7 @@ class Known:
         quantizer.validate_environment(device_map=None, weights_only=True)
         if quantizer.update_dtype(ready.plan.dtype) != ready.plan.dtype:
             return prepare(ready.checkpoint.path, config, calibrated=calibrated).plan
+        quantizer.calibrated = calibrated
         quantizer.begin(ready.model, list(ready.names.slots.values()))
         return build_plan(
             ready.checkpoint,
