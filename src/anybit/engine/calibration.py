@@ -24,7 +24,7 @@ from anybit.engine.hidden_states import HiddenStates, Work
 from anybit.engine.load import Prepared, use_packed_experts
 from anybit.engine.materialize import load_plain, read_dense, set_tensor
 from anybit.engine.plan import Entry
-from anybit.errors import CheckpointError, ConfigError, InvalidOption
+from anybit.errors import CheckpointError, ConfigError, InvalidOption, near_path
 
 SAMPLES, LENGTH, SEED = 128, 512, 0
 
@@ -106,7 +106,7 @@ def _texts(calibration: Any) -> list[Any]:
 
 def _file(path: Path) -> list[Any]:
     if not path.is_file():
-        raise InvalidOption(f"the calibration file {path} does not exist")
+        raise InvalidOption(f"the calibration file {path} does not exist{near_path(path)}")
     if path.suffix == ".jsonl":
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
