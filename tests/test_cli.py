@@ -18,9 +18,9 @@ import pytest
 from anybit import errors
 from anybit.cli import errors as codes
 from anybit.cli.app import run
-from anybit.engine.outlining import _ranged
 from anybit.cli.report import Output, duration, size
 from anybit.cli.schemes import methods, parse_setting, schemes
+from anybit.engine.outlining import _ranged
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = str(EXAMPLES / "tiny-llama")

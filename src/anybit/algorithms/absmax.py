@@ -174,24 +174,28 @@ def dynamic_map() -> Tensor:
 def _rows(dense: Tensor, tree: Any, casts: tuple[torch.dtype, ...]) -> Node:
     grid = tree.child
     matrices = dense if dense.dim() == 3 else dense[None]
-    rows, columns = matrices.shape[1:]
+    columns = matrices.shape[-1]
     top = (1 << (grid.codes.bits - 1)) - 1
     scales = torch.empty(matrices.shape[:-1], dtype=torch.float32, device=dense.device)
-    packed = torch.empty(grid.codes.packed.shape, dtype=torch.uint8, device=dense.device)
-    for matrix, own_scales, own_codes in zip(matrices, scales, packed.view(len(matrices), rows, -1)):
+    parts = []
+    for matrix, own_scales in zip(matrices, scales):
         largest = row_largest(matrix, columns, casts)
         own_scales[:] = largest[:, 0]
         factor = (float(top) / largest).masked_fill_(largest == 0, 0)
-        own_codes[:] = integer_codes(
-            matrix,
-            grid.codes.bits,
-            (1, columns),
-            (-top - 1, top),
-            factor,
-            arithmetic=torch.float32,
-            casts=casts,
-            multiply=True,
+        limits = (-top - 1, top)
+        parts.append(
+            integer_codes(
+                matrix,
+                grid.codes.bits,
+                (1, columns),
+                limits,
+                factor,
+                arithmetic=torch.float32,
+                casts=casts,
+                multiply=True,
+            )
         )
+    packed = torch.stack(parts) if dense.dim() == 3 else parts[0]
     _check_finite(scales, casts)
     filled = replace(
         grid,

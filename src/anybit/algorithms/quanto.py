@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from anybit.algorithms._loops import integer_codes, row_largest
+from anybit.algorithms._loops import integer_codes, row_largest, row_ranges
 from anybit.errors import NotRepresentable
 from anybit.weight import Codes, Grid, Values, Weight
 from anybit.weight.weight import row_chunks
@@ -71,7 +71,7 @@ def _groups(dense: Tensor, grid: Grid, shift: str) -> Grid:
     assert isinstance(offset, Values)
     groups = dense.reshape(scale.tensor.numel(), -1)
     top = (1 << codes.bits) - 1
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    low, high = (part.view(-1, 1).to(dense.dtype) for part in row_ranges(groups.reshape(codes.shape), groups.shape[1]))
     scales, shifts = (high - low) / top, -low
     chunks = row_chunks(*groups.shape)
     if shift == "half-quadratic":

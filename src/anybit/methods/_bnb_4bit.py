@@ -286,6 +286,8 @@ def _swapped(packed: Tensor) -> Tensor:
     """Bytes of any dtype, flat, with their halves exchanged; a few megabytes at a time."""
     stored = packed.reshape(-1).view(torch.uint8)
     swapped = torch.empty_like(stored)
+    if stored.is_meta:
+        return swapped  # each of the operations below would cost a millisecond there
     for part, target in zip(stored.split(1 << 21), swapped.split(1 << 21)):
         torch.bitwise_left_shift(part, 4, out=target)
         target |= part >> 4
