@@ -27,12 +27,14 @@ import torch
 import anybit
 from anybit.kernels import get
 from anybit.kernels.cpu import native
+from anybit.methods._gguf_layout import GgufLayout
 from anybit.weight import Weight, nodes
+from anybit.weight.block_types import BY_NAME
 
 Candidate = Callable[[], Any]
 
 
-def families(rows: int, columns: int) -> dict[str, Callable[[], nodes.Grid]]:
+def families(rows: int, columns: int) -> dict[str, Callable[[], nodes.Node]]:
     """What the files of common methods decode to, with random contents."""
 
     def codes(bits: int, signed: bool = False, top: int = 256) -> nodes.Codes:
@@ -55,6 +57,33 @@ def families(rows: int, columns: int) -> dict[str, Callable[[], nodes.Grid]]:
 
     def nested(group: int, bits: int, count: int, signed: bool = False) -> nodes.Grid:
         return nodes.Grid(scale_codes(group, bits, signed), super_scales(group, count), block=(1, count))
+
+    def book(bits: int, books: int, vector: tuple[int, int], group: int | None = None) -> nodes.Codebook:
+        high, wide = vector
+        count = columns // wide * books
+        own = nodes.Codes(torch.randint(0, 256, (rows // high, count * bits // 8), dtype=torch.uint8), bits, count)
+        scale = None if group is None else scales(group)
+        return nodes.Codebook(own, torch.randn(books, 1 << bits, *vector).half(), vector, scale, block=(1, group or 1))
+
+    def lattice(kind: str) -> nodes.Node:
+        block = BY_NAME[kind]
+        stored = torch.randint(0, 256, (rows, columns // block.elements, block.bytes), dtype=torch.uint8)
+        stored[..., :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+        return GgufLayout((rows, columns), torch.float32, encoding=kind).decode({kind.lower(): stored.flatten(1)}).tree
+
+    def spqr() -> nodes.Sum:
+        def fine() -> nodes.Grid:
+            half = (torch.rand(rows // 16, columns // 16) * 0.02).half()
+            return nodes.Grid(
+                scale_codes(16, 3), nodes.Values(half), nodes.Values(half), block=(16, 1), compute="float16"
+            )
+
+        each = columns // 100  # outliers of a row
+        places = torch.rand(rows, columns).topk(each, dim=1).indices.sort(1).values.flatten().to(torch.int32)
+        outliers = nodes.Values(torch.randn(1, len(places)).half())
+        offsets = torch.arange(0, len(places) + 1, each, dtype=torch.int32)
+        grid = nodes.Grid(codes(3), fine(), fine(), block=(1, 16), compute="float16")
+        return nodes.Sum((grid, nodes.Sparse(offsets, places, outliers, columns)), "float16")
 
     row = nodes.Values(torch.rand(rows, 1) * 0.02)
     return {
@@ -83,13 +112,25 @@ def families(rows: int, columns: int) -> dict[str, Callable[[], nodes.Grid]]:
         "int4, groups of 64, bfloat16 arithmetic (MLX)": lambda: nodes.Grid(
             codes(4), scales(64, torch.bfloat16), offset=scales(64, torch.bfloat16), block=(1, 64), compute="bfloat16"
         ),
+        "AQLM, one book of 16 bits": lambda: book(16, 1, (1, 8), columns),
+        "AQLM, two books of 8 bits": lambda: book(8, 2, (1, 8), columns),
+        "VPTQ, 12 bits and a residual of 8": lambda: nodes.Sum((book(12, 1, (8, 1)), book(8, 1, (8, 1)))),
+        "HIGGS, 4 bits": lambda: book(8, 1, (1, 2), 256),
+        "HIGGS, 3 bits": lambda: book(6, 1, (1, 2), 256),
+        "HIGGS, 2 bits": lambda: book(4, 1, (1, 2), 256),
+        **{kind: functools.partial(lattice, kind) for kind in ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")},
+        "SpQR, 1 % outliers": spqr,
     }  # fmt: skip
 
 
 def kernel_rounds(spec: str) -> bool:
     """Whether the fast kernel rounds inputs of this weight: one grid of integers, or of a table of 16 numbers."""
-    grid = json.loads(spec)["program"]["grid"]
-    return grid["compute"] == 0 and (grid["levels"] in (0, 1) or (grid["levels"], grid["bits"]) == (2, 4))
+    grid = json.loads(spec)["program"].get("grid")
+    return (
+        grid is not None
+        and grid["compute"] == 0
+        and (grid["levels"] in (0, 1) or (grid["levels"], grid["bits"]) == (2, 4))
+    )
 
 
 def medians(candidates: dict[str, Candidate], repeats: int, clock: Callable[[], float]) -> dict[str, float]:

@@ -53,6 +53,8 @@ def codebook_of(tree: Node, space: Workspace, tables: Tables) -> Codebook:
     codes, (high, wide) = tree.codes, tree.vector
     if not isinstance(codes, nodes.Codes) or codes.signed or codes.bits > 16:
         raise Refused("codes of a codebook that are not packed numbers of up to 16 bits")
+    if codes.packed.shape[-1] != row_bytes(codes.columns, codes.bits):
+        raise Refused(f"{codes.packed.shape[-1]} bytes a row for {codes.columns} codes of {codes.bits} bits")
     if wide & (wide - 1):
         raise Refused(f"vectors of {wide} columns; powers of two are read")
     rows, columns = tree.shape[-2:]
@@ -83,6 +85,9 @@ def codebook_of(tree: Node, space: Workspace, tables: Tables) -> Codebook:
                 raise Refused(f"signs of eight columns over vectors of {wide}")
         case other:
             raise Refused(f"signs that are a {type(other).__name__}")
+    covered = signs.columns * (1 if signs.bits == 1 else 8)
+    if signs.shape[-2] != rows or covered < columns or signs.packed.shape[-1] != row_bytes(signs.columns, signs.bits):
+        raise Refused(f"signs of {signs.shape[-2]} x {covered} for {rows} x {columns} weights")
     program.sign_bits, program.sign_bytes = signs.bits, row_bytes(signs.columns, signs.bits)
     program.signs = space.own_slot(signs.packed, signs.packed.dim() == 3)
     return program

@@ -179,7 +179,10 @@ class Leaf(Program):
         self.order = grid["permutation"] and grid["permutation"]["position"]
         self.columns = grid["inputs"]
         one_by_one = grid["compute"] != 0 or (grid["levels"] == TABLE and grid["bits"] > 4)
-        self.many = native.MANY_VECTORS if book else native.MANY_ROUNDED if one_by_one else native.MANY
+        if book is not None:
+            self.many = native.MANY_PAIRS if book["vector"] == [1, 2] else native.MANY_VECTORS
+        else:
+            self.many = native.MANY_ROUNDED if one_by_one else native.MANY
 
     def pointers(self, tensors: list[Tensor], expert: int) -> native.Tensors:
         found = [None if slot is None else tensors[slot[0]].data_ptr() + expert * slot[1] for slot in self.slots]

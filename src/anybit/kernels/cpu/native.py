@@ -21,8 +21,8 @@ from anybit.errors import InvalidOption, did_you_mean
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
-# 4096 x 4096: 36 for int4, 24 for NF4, 28 for int8, 5 where each weight is rounded by itself.
-MANY, MANY_ROUNDED, MANY_VECTORS = 28, 6, 12
+# 4096 x 4096: 26 for int4, 28 for NF4, 18 for int8, 5 where each weight is rounded by itself; codebooks 8 to 12, pairs 24.
+MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS = 28, 6, 9, 20
 ABI = 6  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 

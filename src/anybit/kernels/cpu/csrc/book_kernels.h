@@ -1,9 +1,10 @@
 // Products with codebooks: a code names a vector of weights (grid.h). vec_*.h must be included first.
 //
-//   wide   vectors along a row (AQLM, HIGGS, llama.cpp's lattices): the codes of a span of columns are spread to 16 bits, then
-//          each eight columns are fetched from the tables, summed over the books, signed, and multiplied with eight of x
+//   wide   vectors along a row (AQLM, llama.cpp's lattices): the codes of a span of columns are spread to 16 bits, then LANES
+//          columns at a time are fetched from the tables, summed over the books, signed, and multiplied with as many of x
+//   pairs  vectors of two and a bfloat16 x (HIGGS), where bytes of a register can be looked up
 //   tall   vectors down a column (VPTQ): one number of x is multiplied with the eight rows that a code names
-//   else   weights of a row are made a block at a time, as for grids that round each operation
+//   else   weights of a row are made a block at a time
 //
 // In all of them a group is summed first and scaled after; a zero (IQ1_S) is multiplied with the sums of x.
 #ifndef ANYBIT_BOOK_KERNELS_H
@@ -462,6 +463,12 @@ static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Lev
   if (s->scale.kind != ANYBIT_ABSENT) weigh_block<ANYBIT_F32>(s, t, row, start, stop, out);
   for (int64_t i = stop - start; i % LANES; i++) out[i] = 0;  // what was there may not even be a number
 }
+
+#ifdef ANYBIT_DOTS
+static bool pairs_of(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, uint32_t*) {
+  return false;
+}
+#endif
 
 // Vectors down a column are the packed form of grid_blocks.h already: false for others. `tall` rows from `row` on.
 template <class T, int64_t PER_WORD>

@@ -122,7 +122,7 @@ void take_block_inputs(void* data, int64_t first, int64_t last) {
   const Call* call = static_cast<const Call*>(data);
   for (int64_t n = first; n < last; n++)
     call->variant->take_block_input(call->shape, call->tensors, call->product, n,
-                                    const_cast<float*>(call->input.values) + n * call->input.value_stride);
+                                    const_cast<float*>(call->input.values));
 }
 
 void multiply_blocks(void* data, int64_t first, int64_t last) {
@@ -186,14 +186,10 @@ EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* te
   if (product->n >= many) {
     int64_t words = 0;
     call.variant->block_sizes(shape, tensors, product, &words, &call.scratch);
-    if (words) {
-      float* space = scratch.need(static_cast<size_t>(words * product->n));
-      if (!space) return 1;
-      call.input = {space, nullptr, words, 0};
-      anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_block_inputs, &call);
-    } else {  // strides count words of 32 bits
-      call.input = {static_cast<const float*>(product->x), nullptr, product->x_row / (product->x_kind == ANYBIT_F32 ? 1 : 2), 0};
-    }
+    float* space = scratch.need(static_cast<size_t>(words * product->n));
+    if (!space) return 1;
+    call.input = {space, nullptr, words, 0};
+    anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_block_inputs, &call);
     const int64_t blocks = (shape->rows + call.variant->tall - 1) / call.variant->tall;
     anybit_parallel(blocks, 1, inputs * shape->rows < SMALL ? 1 : threads, multiply_blocks, &call);
     return call.lost != 0;

@@ -2,7 +2,8 @@
 // are in the second cache level; the dense weight never exists. One parallel region for the whole product.
 //
 //   packed  [column][2 * LANES rows]           float32, or pairs of columns in bfloat16 for a bfloat16 x
-//   tile    MANY rows of x  x  2 vectors of weight rows: one load per vector, one broadcast per row of x
+//   tile    up to MANY rows of x  x  2 vectors of weight rows: one load per vector, one broadcast per row of x
+//   x       a panel for each tile, [column][rows]: rows as they are may lie a power of two apart, in one set of the first cache
 #ifndef ANYBIT_GRID_BLOCKS_H
 #define ANYBIT_GRID_BLOCKS_H
 
@@ -24,6 +25,7 @@ static void decode(const anybit_shape* s, const anybit_tensors* t, int64_t row, 
 }
 
 static constexpr int64_t TALL = 2 * LANES, DEPTH = BLOCK;  // rows and columns packed at a time
+static constexpr int64_t NATURAL = DEPTH + LANES;
 static constexpr int MANY = LANES == 16 ? 12 : VECTORS ? 6 : 4;
 
 struct FloatTile {
@@ -34,6 +36,9 @@ struct FloatTile {
     return f_fma(f_load((const float*)w), f_set(value), acc);
   }
   static void pack(const float* from, uint32_t* to, int64_t words) { memcpy(to, from, (size_t)words * 4); }
+  static bool direct(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, uint32_t*) {
+    return false;
+  }
 };
 
 #ifdef ANYBIT_DOTS
@@ -50,21 +55,24 @@ struct HalfTile {
       _mm512_storeu_si512(to + i, (__m512i)halves);
     }
   }
+  static bool direct(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
+                     int64_t stop, uint32_t* to) {
+    return pairs_of(s, t, levels, row, start, stop, to);
+  }
 };
 #endif
 
-// c [M][TALL] += x [M][words] * packed [words][TALL]
-template <class T, int M>
-static void tile(const uint32_t* packed, int64_t words, const uint32_t* x, int64_t stride, float* c) {
+// c [M][TALL] += x [words][M] * packed [words][TALL]
+template <class T, int M> static void tile(const uint32_t* packed, int64_t words, const uint32_t* x, float* c) {
   F acc[M][2];
   UNROLLED16 for (int m = 0; m < M; m++) {
     acc[m][0] = f_load(c + m * TALL);
     acc[m][1] = f_load(c + m * TALL + LANES);
   }
-  for (int64_t k = 0; k < words; k++, packed += TALL) {
+  for (int64_t k = 0; k < words; k++, packed += TALL, x += M) {
     UNROLLED16 for (int m = 0; m < M; m++) {
-      acc[m][0] = T::add(acc[m][0], packed, x + m * stride + k);
-      acc[m][1] = T::add(acc[m][1], packed + LANES, x + m * stride + k);
+      acc[m][0] = T::add(acc[m][0], packed, x + m);
+      acc[m][1] = T::add(acc[m][1], packed + LANES, x + m);
     }
   }
   UNROLLED16 for (int m = 0; m < M; m++) {
@@ -73,26 +81,45 @@ static void tile(const uint32_t* packed, int64_t words, const uint32_t* x, int64
   }
 }
 
-// Weights start .. stop of TALL rows, packed; rows beyond the last are zero. `natural`: room for LANES rows of DEPTH floats.
+typedef void (*BlockTile)(const uint32_t*, int64_t, const uint32_t*, float*);
+template <class T, int M> static BlockTile block_tile(int64_t rows) {
+  if constexpr (M == 1) return tile<T, 1>;
+  else return rows == M ? tile<T, M> : block_tile<T, M - 1>(rows);
+}
+
+// Rows of x are shared among as few tiles as can hold them, as evenly as they can be.
+struct TileRows { int64_t start, count; };
+static inline TileRows tile_rows(int64_t n, int64_t i) {
+  const int64_t tiles = ceil_div(n, MANY), each = n / tiles, more = n % tiles;
+  return {i * each + least(i, more), each + (i < more)};
+}
+static inline int64_t tile_of(int64_t n, int64_t row) {
+  const int64_t tiles = ceil_div(n, MANY), each = n / tiles, more = n % tiles, large = more * (each + 1);
+  return row < large ? row / (each + 1) : more + (row - large) / each;
+}
+
+// Weights start .. stop of TALL rows, packed; rows beyond the last are zero. `natural`: room for LANES rows of NATURAL words.
 template <class T>
 static void pack_rows(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
                       int64_t stop, float* natural, uint32_t* packed) {
   const int64_t padded = ceil_div(stop - start, LANES) * LANES;
   const int64_t words = ceil_div(padded / T::PER_WORD, LANES) * LANES;
+  constexpr int64_t PITCH = DEPTH / T::PER_WORD + LANES;  // no power of two: rows would fight for one set of the first cache
   alignas(64) float some[BLOCK + LANES];
   for (int64_t half = 0; half < TALL; half += LANES) {
     for (int64_t r = 0; r < LANES; r++) {
-      uint32_t* own = (uint32_t*)natural + r * DEPTH;
+      uint32_t* own = (uint32_t*)natural + r * PITCH;
       if (row + half + r >= s->rows) {
         memset(own, 0, (size_t)words * 4);
         continue;
       }
+      if (T::direct(s, t, levels, row + half + r, start, stop, own)) continue;
       weights_of(s, t, levels, row + half + r, start, stop, some);
       if (padded < words * T::PER_WORD) memset(some + padded, 0, LANES * sizeof(float));
       T::pack(some, own, words);
     }
     for (int64_t k = 0; k < words; k += LANES)
-      transpose((uint32_t*)natural + k, DEPTH, packed + k * TALL + half, TALL);
+      transpose((uint32_t*)natural + k, PITCH, packed + k * TALL + half, TALL);
   }
 }
 
@@ -101,21 +128,21 @@ static void multiply_blocks(const anybit_shape* s, const anybit_tensors* t, cons
                             int64_t row, float* scratch) {
   const Levels levels = read_levels(s, t);
   float* natural = scratch;
-  uint32_t* packed = (uint32_t*)(natural + LANES * DEPTH);
+  uint32_t* packed = (uint32_t*)(natural + LANES * NATURAL);
   float* c = (float*)packed + DEPTH * TALL;
   memset(c, 0, (size_t)(p->n * TALL) * sizeof(float));
   const uint32_t* x = (const uint32_t*)in->values;
-  const int64_t stride = in->value_stride;
+  const int64_t stride = in->value_stride, tiles = ceil_div(p->n, MANY);
   for (int64_t start = 0; start < s->columns; start += DEPTH) {
     const int64_t stop = least(start + DEPTH, s->columns);
     if (!pack_directly<T::PER_WORD>(s, t, row, start, stop, TALL, packed))
       pack_rows<T>(s, t, levels, row, start, stop, natural, packed);
     const int64_t words = ceil_div(stop - start, T::PER_WORD);
-    const uint32_t* own = x + start / T::PER_WORD;
-    int64_t n = 0;
-    for (; n + MANY <= p->n; n += MANY) tile<T, MANY>(packed, words, own + n * stride, stride, c + n * TALL);
-    for (; n + 3 <= p->n; n += 3) tile<T, 3>(packed, words, own + n * stride, stride, c + n * TALL);
-    for (; n < p->n; n++) tile<T, 1>(packed, words, own + n * stride, stride, c + n * TALL);
+    for (int64_t i = 0; i < tiles; i++) {
+      const TileRows own = tile_rows(p->n, i);
+      const uint32_t* panel = x + own.start * stride + start / T::PER_WORD * own.count;
+      block_tile<T, MANY>(own.count)(packed, words, panel, c + own.start * TALL);
+    }
   }
   const int64_t rows = least(TALL, s->rows - row);
   if (rows < TALL || p->accumulate || p->y_kind == ANYBIT_F16) {
@@ -148,31 +175,34 @@ static bool in_halves(const anybit_product* p) {
 #endif
 }
 
-// Whether x can be read where it is: rows of whole words, in the order of the codes.
-static bool as_it_is(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
-  if (t->permutation || p->x_column != 1) return false;
-  if (in_halves(p)) return s->columns % 2 == 0 && p->x_row % 2 == 0 && (uintptr_t)p->x % 4 == 0;
-  return p->x_kind == ANYBIT_F32;
+// Words of a row of x, in panels.
+static int64_t panel_words(const anybit_shape* s, const anybit_product* p) {
+  return in_halves(p) ? padded_columns(s) / 2 : padded_columns(s);
 }
 
-static void block_sizes(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t* row_of_x,
-                        int64_t* scratch) {
-  *row_of_x = as_it_is(s, t, p) ? 0 : in_halves(p) ? padded_columns(s) / 2 : padded_columns(s);
-  *scratch = LANES * DEPTH + DEPTH * TALL + p->n * TALL;
+static void block_sizes(const anybit_shape* s, const anybit_tensors*, const anybit_product* p, int64_t* row_of_x, int64_t* scratch) {
+  *row_of_x = panel_words(s, p);
+  *scratch = LANES * NATURAL + DEPTH * TALL + p->n * TALL;
 }
 
+// Row n of x into its tile's panel; `words`: all panels.
 static void take_block_input(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* words) {
+  const TileRows own = tile_rows(p->n, tile_of(p->n, n));
+  float* to = words + own.start * panel_words(s, p) + n - own.start;
+  const auto column_at = [&](int64_t j) { return t->permutation ? (int64_t)t->permutation[j] : j; };
   if (!in_halves(p)) {
-    read_row(s, t, p, n, words);
+    for (int64_t j = 0; j < s->columns; j++, to += own.count) {
+      const int64_t from = column_at(j);
+      *to = from < 0 ? 0.0f : read_float(p->x, p->x_kind, n * p->x_row + from * p->x_column);
+    }
     return;
   }
-  uint16_t* halves = (uint16_t*)words;
   const uint16_t* x = (const uint16_t*)p->x + n * p->x_row;
-  for (int64_t j = 0; j < s->columns; j++) {
-    const int64_t from = t->permutation ? t->permutation[j] : j;
-    halves[j] = from < 0 ? 0 : x[from * p->x_column];
-  }
-  memset(halves + s->columns, 0, (size_t)(padded_columns(s) - s->columns) * 2);
+  const auto half_at = [&](int64_t j) -> uint32_t {
+    const int64_t from = j < s->columns ? column_at(j) : -1;
+    return from < 0 ? 0 : x[from * p->x_column];
+  };
+  for (int64_t j = 0; j < s->columns; j += 2, to += own.count) *to = float_of_bits(half_at(j) | half_at(j + 1) << 16);
 }
 
 static void multiply_many(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,

@@ -165,6 +165,44 @@ static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Lev
   for (int64_t i = stop - start; i % LANES; i++) out[i] = 0;  // what was there may not even be a number
 }
 
+#ifdef ANYBIT_DOTS
+// Weights of up to four bits as pairs of bfloat16: those of a group are rounded once and looked up in pairs.
+//
+//   32 bits   low half: code 2 i, anything above   high half: code 2 i + 1, anything above     entries are repeated
+template <int BITS, int ROUND>
+static void pair_block(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
+                       int64_t stop, uint32_t* out) {
+  BlockParameters q;
+  read_block<ROUND>(s, t, row, start, stop, &q);
+  const F middle = f_set(centre(s)), numbers = f_load(levels.numbers);
+  uint8_t spare[16];
+  for (int64_t g = 0; start < stop; g++) {
+    const int64_t end = s->group >= s->columns ? stop : least(stop, (q.first + g + 1) * s->group);
+    const F weights = weigh<ROUND>(q, numbers, middle, f_set(q.zero[g]), f_set(q.scale[g]), f_set(q.offset[g]));
+    const I table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(weights));
+    for (; start < end; start += 2 * LANES, out += LANES) {
+      const I codes = codes_load<2 * BITS>(readable(s, t, row, start, spare));
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(i_or(codes, i_left<16 - BITS>(codes)), table));
+    }
+  }
+}
+
+typedef void (*PairBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, uint32_t*);
+template <int BITS> struct PairBlocks {
+  static constexpr PairBlock by_rounding[3] = {pair_block<BITS, 0>, pair_block<BITS, 1>, pair_block<BITS, 2>};
+};
+static const PairBlock* const PAIR_BLOCKS[5] = {nullptr, PairBlocks<1>::by_rounding, PairBlocks<2>::by_rounding,
+                                                PairBlocks<3>::by_rounding, PairBlocks<4>::by_rounding};
+
+// Weights of columns start .. stop as words of two bfloat16, whole vectors of them, if they can be had without being floats first.
+static bool pairs_of(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
+                     int64_t stop, uint32_t* out) {
+  if (s->bits > 4 || !wide_group(s, 2 * LANES) || (stop - start) % 2) return false;
+  PAIR_BLOCKS[s->bits][s->compute](s, t, levels, row, start, stop, out);
+  return true;
+}
+#endif
+
 // Whether weights are packed for grid_blocks.h in a way of their own: codebooks are.
 template <int64_t PER_WORD>
 static bool pack_directly(const anybit_shape*, const anybit_tensors*, int64_t, int64_t, int64_t, int64_t, uint32_t*) {

@@ -21,11 +21,11 @@ struct Variant {
   void (*multiply)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
                    const Input* input, int64_t first_row, int64_t last_row);
   void (*decode)(const anybit_shape* shape, const anybit_tensors* tensors, int64_t row, void* out, int64_t out_kind);
-  // Many rows of x (grid_blocks.h): words one row of x needs, 0 if it is read where it is; floats of scratch a thread needs.
+  // Many rows of x (grid_blocks.h): words a row of x takes in panels; floats of scratch a thread needs.
   void (*block_sizes)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
                       int64_t* row_of_x, int64_t* scratch);
   void (*take_block_input)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
-                           int64_t row, float* words);
+                           int64_t row, float* panels);
   void (*multiply_many)(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
                         const Input* input, int64_t row, float* scratch);
   int64_t tall;  // rows of the weight that multiply_many takes

@@ -1,4 +1,4 @@
-// Eight floats, whatever the variant's own width: what codebooks are read in, since their vectors are short.
+// What codebooks are read with: eight floats, whatever the variant's own width, since vectors are short; codes spread to 16 bits.
 #ifndef ANYBIT_VEC_EIGHT_H
 #define ANYBIT_VEC_EIGHT_H
 
