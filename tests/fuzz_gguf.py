@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf_files
+
 import anybit
 from anybit.containers import Checkpoint
 from anybit.errors import AnybitError
@@ -39,6 +41,28 @@ def corpus() -> list[bytes]:
         *sorted((TESTS / "golden" / "gguf").glob("*/model.gguf")),
     ]
     return [file.read_bytes() for file in files]
+
+
+def parts(big: bool) -> list[bytes]:
+    """A small model in two files, in either byte order; damage reaches the keys by which they find each other."""
+    metadata = {
+        "general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 16, "llama.embedding_length": 32,
+        "llama.feed_forward_length": 32, "llama.attention.head_count": 2, "llama.attention.layer_norm_rms_epsilon": 1e-6,
+    }  # fmt: skip
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    tensors: list[Any] = [(f"blk.0.{name}.weight", (32, 32), 8, bytes(34 * 32)) for name in names]
+    tensors += [(f"blk.0.{name}_norm.weight", (32,), 0, bytes(128)) for name in ("attn", "ffn")]
+    ends = [("token_embd.weight", (32, 8), 0, bytes(1024)), ("output_norm.weight", (32,), 0, bytes(128))]
+    return [
+        gguf_files.build(
+            {
+                **(metadata if not number else {}), "split.no": (gguf_files.U16, number), "split.count": (gguf_files.U16, 2),
+                "split.tensors.count": (gguf_files.I32, len(tensors) + len(ends)),
+            },
+            own, big=big,
+        )
+        for number, own in enumerate((ends, tensors))
+    ]  # fmt: skip
 
 
 def damaged(chance: random.Random, whole: bytes, other: bytes) -> bytes:
@@ -71,9 +95,8 @@ def run(file: Path) -> None:
     """Everything that a load does before it asks for weights, and the weights themselves."""
     try:
         with Checkpoint.open(file) as checkpoint:
-            size = file.stat().st_size
             for name, info in checkpoint.tensors.items():
-                assert info.offset + info.nbytes <= size, name
+                assert info.offset + info.nbytes <= Path(info.file).stat().st_size, name
                 assert checkpoint.read(name).nbytes == info.nbytes, name
             if "general.architecture" in checkpoint.values:
                 bundle = bundle_of(checkpoint)
@@ -92,10 +115,21 @@ def fuzz(seed: int, folder: Path) -> Iterator[tuple[bytes, str]]:
     (folder / "whole.gguf").write_bytes(files[-1])
     with contextlib.suppress(Exception):
         run(folder / "whole.gguf")  # imports are not counted
+    split = [parts(big) for big in (False, True)]
+    for number, pair in enumerate(split):
+        written = _written(folder, pair)
+        with Checkpoint.open(written) as checkpoint:
+            assert bundle_of(checkpoint).tensors, f"pair {number} is no model"
     while True:
-        content = damaged(chance, chance.choice(files), chance.choice(files))
-        file = folder / "fuzz.gguf"
-        file.write_bytes(content)
+        if chance.random() < 0.2:
+            pair = list(chance.choice(split))
+            which = chance.randrange(2)
+            pair[which] = content = damaged(chance, pair[which], chance.choice(files))
+            file = _written(folder, pair)
+        else:
+            content = damaged(chance, chance.choice(files), chance.choice(files))
+            file = folder / "fuzz.gguf"
+            file.write_bytes(content)
         before, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         wrong = ""
         try:
@@ -107,6 +141,13 @@ def fuzz(seed: int, folder: Path) -> Iterator[tuple[bytes, str]]:
         if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024 > LARGE:
             wrong += "too much memory"
         yield content, wrong
+
+
+def _written(folder: Path, pair: list[bytes]) -> Path:
+    """Two parts beside each other; the first one's file."""
+    for number, content in enumerate(pair):
+        (folder / f"fuzz-{number + 1:05d}-of-00002.gguf").write_bytes(content)
+    return folder / "fuzz-00001-of-00002.gguf"
 
 
 def main(arguments: list[str] | None = None) -> int:
