@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from anybit.containers.atomic import write_failed
+from anybit.containers.gguf_writer import GgufWriter
 from anybit.engine.budget import budget
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED, Calibrator, Observed, calibration_tokens
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Progress, prepare
 from anybit.engine.plan import Entry
 from anybit.errors import ConfigError
-from anybit.methods._gguf_imatrix import write
+from anybit.methods._gguf_imatrix import bundled
 from anybit.quantizers.auto import AutoQuantizationConfig
 
 
@@ -67,7 +68,10 @@ def importance_matrix(
     ready.checkpoint.release()
     new = target.with_name(f".{target.stem}.anybit-new.gguf")
     new.unlink(missing_ok=True)
-    write(new, found, *tokens.shape)
+    file, numbers = bundled(new.name, found, *tokens.shape)
+    with GgufWriter(new.parent, file) as writer:
+        for name, tensor in numbers.items():
+            writer.write(name, tensor)
     try:
         os.replace(new, target)
     except OSError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
@@ -39,25 +38,22 @@ def read(path: str, another: Any) -> dict[str, Tensor]:
     return found
 
 
-def write(path: Path, found: Mapping[str, tuple[Tensor, Tensor]], chunks: int, length: int) -> None:
-    """A new file in the form of llama.cpp's tool. `found`: tensor name -> sums of squares [experts, in], tokens [experts];
-    of `chunks` texts of `length` tokens."""
-    from anybit.containers.gguf_writer import GgufWriter
-
+def bundled(
+    name: str, found: Mapping[str, tuple[Tensor, Tensor]], chunks: int, length: int
+) -> tuple[Bundled, dict[str, Tensor]]:
+    """The file of this name in the form of llama.cpp's tool, and its tensors. `found`: tensor name -> sums of squares
+    [experts, in], tokens [experts]; of `chunks` texts of `length` tokens."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     numbers: dict[str, Tensor] = {}
-    for name, (sums, counts) in sorted(found.items()):
-        numbers |= {name + SUMS: sums.to(torch.float32), name + COUNTS: counts.to(torch.float32).reshape(-1, 1)}
-    for name, tensor in numbers.items():
-        tensors[name] = "F32", tuple(tensor.shape)
+    for own, (sums, counts) in sorted(found.items()):
+        numbers |= {own + SUMS: sums.to(torch.float32), own + COUNTS: counts.to(torch.float32).reshape(-1, 1)}
+    for own, tensor in numbers.items():
+        tensors[own] = "F32", tuple(tensor.shape)
     values = {
         "general.type": "imatrix", "imatrix.datasets": ["calibration"], "imatrix.chunk_count": chunks,
         "imatrix.chunk_size": length,
     }  # fmt: skip
-    bundled = Bundled(path.name, values, tensors, {name: (Placed(name),) for name in tensors})
-    with GgufWriter(path.parent, bundled) as writer:
-        for name, tensor in numbers.items():
-            writer.write(name, tensor)
+    return Bundled(name, values, tensors, {own: (Placed(own),) for own in tensors}), numbers
 
 
 def _of_gguf(path: str, another: Any) -> dict[str, Tensor]:
