@@ -27,13 +27,13 @@ case $(${CXX:-g++} -dumpmachine) in
 esac
 macros=
 for level in scalar ${*:-$known}; do
-  for kind in grid book; do
+  for source in "$sources"/*_"$level".cpp; do
     # shellcheck disable=SC2046,SC2086
-    $compile $(flags_of "$level") -c "$sources/${kind}_$level.cpp" -o "$folder/${kind}_$level.o"
+    $compile $(flags_of "$level") -c "$source" -o "$folder/$(basename "$source" .cpp).o"
   done
   [ "$level" = scalar ] || macros="$macros -DANYBIT_WITH_$(echo "$level" | tr '[:lower:]' '[:upper:]')"
 done
-for name in encode_scalar encode_driver driver sparse threads; do
+for name in encode_driver driver sparse threads; do
   # shellcheck disable=SC2086
   $compile $macros -c "$sources/$name.cpp" -o "$folder/$name.o"
 done

@@ -20,4 +20,4 @@ test -f src/anybit/kernels/cpu/libanybit_cpu.so
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$copy/src" OMP_NUM_THREADS=2
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_encoders.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_codebooks.py tests/test_encoders.py "$@"
