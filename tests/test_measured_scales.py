@@ -147,6 +147,22 @@ def test_two_level_scales_of_layers_that_engines_join_are_one(dense: Path, exper
         assert found == {float(torch.tensor(largest) / (6 * 448))}
 
 
+def test_fp8_of_experts_has_one_scale_for_what_engines_join(dense: Path, experts: Path, tmp_path: Path) -> None:
+    """As ModelOpt's export: gate and up of an expert share it, q, k and v of attention do not."""
+    for source, names, one in (
+        (experts, [f"block_sparse_moe.experts.3.{own}" for own in ("w1", "w3")], True),
+        (dense, [f"self_attn.{own}" for own in ("q_proj", "k_proj", "v_proj")], False),
+    ):
+        out = tmp_path / source.name
+        anybit.quantize(source, out, ModelOptConfig(quant_algo="FP8"), calibration=IDS)
+        stored, plain = load_file(out / "model.safetensors"), _dense_tensors(source)
+        full = [f"model.layers.1.{name}" for name in names]
+        largest = [float(plain[name].abs().max()) for name in full]
+        wanted = [max(largest)] * len(full) if one else largest
+        for name, number in zip(full, wanted, strict=True):
+            assert float(stored[f"{name}.weight_scale"]) == float(torch.tensor(number) / 448)
+
+
 def _dense_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """By names that checkpoints have: transformers stores experts one by one."""
     found: dict[str, torch.Tensor] = {}

@@ -594,6 +594,20 @@ def test_fp8_divides_in_the_models_dtype() -> None:
     assert torch.equal(found["weight"].view(torch.uint8), (dense / scale).to(E4M3).view(torch.uint8))
 
 
+def test_a_tile_alone_is_stored_as_one_scale() -> None:
+    """fp8_pb_wo of a weight no larger than 128 x 128, as ModelOpt exports it; read without a remark."""
+    config = ModelOptConfig(quant_algo="fp8_pb_wo")
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.skip_reasons = {}
+    dense = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    found = made(quantizer.layout_for(linear(96, 128)), dense)
+    assert torch.equal(found["weight_scale"], dense.float().abs().max() / 448)
+    _, weight, reader = read({"quant_algo": "fp8_pb_wo"}, linear(96, 128), **found)
+    assert weight.activation is None
+    assert not reader.decisions
+    assert quantizer.layout_for(linear(129, 128)).scale_spec() == (2, 1, 1, 1)
+
+
 def test_int4_of_group_extremes() -> None:
     dense = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     found = made(Int4AwqLayout((6, 128), "float32", 64), dense)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 INPUT_SCALE: Spec = ("input_scale", "float32", ())
 TILES = (128, 128)
+EXPERT = re.compile(r"\.experts\.\d+\.")
 STATIC = (  # their inputs have stored scales
     "FP8", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A8_AWQ", "W4A8_NVFP4_FP8", "W8A8_SQ_PER_CHANNEL",
 )  # fmt: skip
@@ -47,7 +49,7 @@ MADE = (
 # names that the same tensors go by
 SAME_TENSORS = {
     ("NVFP4_AWQ", "NVFP4"), ("NVFP4_SVD", "NVFP4"), ("W4A16_NVFP4_AWQ", "W4A16_NVFP4"), ("FP8_BLOCK", "FP8_PB_WO"),
-    ("FP8_PB_REAL", "FP8_PB_WO"), ("INT8_SQ", "W8A8_SQ_PER_CHANNEL"), ("INT8_WO", "W8A16"),
+    ("FP8_PB_REAL", "FP8_PB_WO"), ("FP8_PB_WO", "FP8"), ("INT8_SQ", "W8A8_SQ_PER_CHANNEL"), ("INT8_WO", "W8A16"),
 }  # fmt: skip
 # foldings and roundings that ModelOpt's recipe of the name runs on calibration data
 RECIPES = {
@@ -62,6 +64,16 @@ RECIPES = {
 class ModelOptFp8Layout(ScaledFloatLayout):
     """E4M3 codes; one scale for the matrix, for each row, for each block (stored as tiles), or powers of two."""
 
+    joined: tuple[str, ...] = field(default=(), compare=False)  # last names of the layers whose one scale is the same
+    covers: float = field(default=0.0, compare=False)
+
+    @property
+    def alongside(self) -> tuple[str, ...]:
+        return self.joined
+
+    def covering(self, largest: float) -> Layout:
+        return replace(self, covers=largest)
+
     def algorithm_options(self) -> dict[str, object]:
         if self.block != WHOLE:
             return {"rule": self.scales}
@@ -74,6 +86,7 @@ class ModelOptFp8Layout(ScaledFloatLayout):
         """max / 448, for MXFP8 rounded up to a power of two; 1 for an empty block, 2**-127 where they are powers."""
         if self.scale_dtype in POWERS:
             return powers(largest / TOP)
+        largest = largest.clamp(min=self.covers)
         return minifloat.Scales((largest / TOP).masked_fill(largest == 0, 1.0))
 
 
@@ -262,10 +275,13 @@ def layout_for(module: ModuleInfo, algo: str, group_size: int | None) -> Layout 
     if size is not None and columns % size:
         return f"weights are in groups of {size} inputs, and {columns} is no multiple"
     match algo:
-        case "FP8":
-            return ModelOptFp8Layout(**own, block=WHOLE, scale_form="scalar", inputs=E4M3_INPUTS)
+        case "FP8":  # of layers that are no experts ModelOpt leaves the scales apart
+            joined = joined_with(module.name) if EXPERT.search(module.name) else ()
+            return ModelOptFp8Layout(**own, block=WHOLE, scale_form="scalar", inputs=E4M3_INPUTS, joined=joined)
         case "FP8_PER_CHANNEL_PER_TOKEN":
             return ModelOptFp8Layout(**own, block=ROW, scale_form="flat", inputs=Inputs("e4m3_token"))
+        case "FP8_PB_WO" if rows <= TILES[0] and columns <= TILES[1]:
+            return ModelOptFp8Layout(**own, block=WHOLE, scale_form="scalar")  # a tile alone is stored as a matrix
         case "FP8_PB_WO":
             return ModelOptFp8Layout(**own, block=TILES, scale_form="tiles")
         case "MXFP8":
