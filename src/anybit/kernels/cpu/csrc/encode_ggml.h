@@ -405,7 +405,7 @@ template <int BITS> bool largest(Tile& tile, const Fields& out) {
     const F inverse = f_all(tile.heavy[block]);
     for (int e = 0; e < 32; e += LANES) {
       const F x = f_load(tile.x + block * 32 + e);
-      store_bytes(tile.codes + block * 32 + e, i_of(at_most(x * inverse + (half + 0.5f), top)) - half);
+      store_bytes(tile.codes + block * 32 + e, (i_of(at_most(x * inverse + (half + 0.5f), top)) & 0xFF) - half);
     }
   }
   pack_codes(BITS, tile.codes, tile.count, out.q);

@@ -153,14 +153,14 @@ inline I small_float_of(F x, const SmallFloat& kind) {
   const F size = at_most(f_abs(x), kind.top);
   I exponent = i_shift_right(bits_of(size), 23) - 127;
   exponent = pick(exponent < kind.least, i_all(kind.least), exponent);
-  F steps = size * float_of(((127 + kind.mantissa_bits) - exponent) << 23);
+  F steps = size * float_of(i_shift_left((127 + kind.mantissa_bits) - exponent, 23));
   if (kind.ties == 0) {
     steps = f_even(steps);
   } else {
     const F whole = f_trunc(steps), rest = steps - whole, one = f_all(1.0f), none = f_all(0.0f);
     steps = whole + (kind.ties == 1 ? pick(rest >= 0.5f, one, none) : pick(rest > 0.5f, one, none));
   }
-  const I found = i_of(steps) + ((exponent - kind.least) << kind.mantissa_bits), none = i_all(0);
+  const I found = i_of(steps) + i_shift_left(exponent - kind.least, kind.mantissa_bits), none = i_all(0);
   const I sign = i_all(1 << (kind.exponent_bits + kind.mantissa_bits));
   if (kind.zeros == 0) return found | pick(bits_of(x) < 0, sign, none);
   const I below = pick(x < 0.0f, sign, none);

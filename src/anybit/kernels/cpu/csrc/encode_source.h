@@ -13,7 +13,7 @@ inline F source_load(const void* data, int64_t kind, int64_t at) {
   if (kind == ANYBIT_F32) return f_load((const float*)data + at);
   Halves raw;
   memcpy(&raw, (const uint16_t*)data + at, sizeof raw);
-  return kind == ANYBIT_BF16 ? float_of(widened(raw) << 16) : f_of_f16(raw);
+  return kind == ANYBIT_BF16 ? float_of(i_shift_left(widened(raw), 16)) : f_of_f16(raw);
 }
 
 template <int KIND> inline void converted(const void* data, int64_t at, int64_t count, const int64_t* casts, float* out) {

@@ -42,6 +42,10 @@ inline I i_shift_right(I a, int bits) {  // without sign
   typedef uint32_t U __attribute__((vector_size(4 * LANES)));
   return (I)((U)a >> bits);
 }
+inline I i_shift_left(I a, int bits) {
+  typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+  return (I)((U)a << bits);
+}
 inline I widened(Halves a) { return __builtin_convertvector(a, I); }
 inline void store_bytes(uint8_t* p, I a) {
   const Small bytes = __builtin_convertvector(a, Small);
@@ -71,7 +75,7 @@ inline I operator|(I a, int32_t b) { return a | i_all(b); }
 inline I operator+(I a, int32_t b) { return a + i_all(b); }
 inline I operator-(I a, int32_t b) { return a - i_all(b); }
 inline I operator-(int32_t a, I b) { return i_all(a) - b; }
-inline I operator<<(I a, int bits) { EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << bits); return a; }
+inline I i_shift_left(I a, int bits) { EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << bits); return a; }
 #define COMPARISON(T, op)                                                             \
   inline I operator op(T a, T b) { I r; EACH r.v[i] = -(a.v[i] op b.v[i]); return r; }
 COMPARISON(F, <) COMPARISON(F, >) COMPARISON(F, <=) COMPARISON(F, >=) COMPARISON(F, ==) COMPARISON(F, !=)
@@ -164,7 +168,7 @@ inline Halves f16_of(F a) {
 
 inline F rounded_f16(F a) { return f_of_f16(f16_of(a)); }
 inline F rounded_bf16(F a) {
-  const I raw = bits_of(a);
+  const I raw = pick(a != a, i_all(0), bits_of(a));
   const I up = (raw + 0x7FFF + (i_shift_right(raw, 16) & 1)) & (int32_t)0xFFFF0000;
   return pick(a != a, a, float_of(up));
 }
