@@ -52,7 +52,8 @@ class Bundle:
 class Placed:
     """Where a tensor of a checkpoint goes in a bundle: to `target`, whole or as part number `part` of its first axis.
 
-    `parts`: how many there are, each of the same size; None: each entry of the axis is one. `make`: what to do with it before (default: its bytes as they are).
+    `parts`: how many there are, each of the same size; None: each entry of the axis is one. `make`: what to do with it before
+    (default: its bytes as they are).
     """
 
     target: str
