@@ -25,7 +25,9 @@ def rotate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a dense checkpoint with its weights multiplied by Hadamard matrices: the same model, easier to quantize.
+    """Rotate a dense checkpoint: easier to quantize.
+
+    Its weights are multiplied by Hadamard matrices (QuaRot, SpinQuant); what the model computes stays the same.
 
     anybit rotate llama -o llama-rotated
     """

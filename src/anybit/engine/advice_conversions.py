@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from anybit.engine.convert import EXACT, RESCALED, kept
 from anybit.engine.load import Prepared
 from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry, module_info
@@ -14,7 +15,6 @@ from anybit.errors import AnybitError
 from anybit.quantizers.auto import AutoHfQuantizer
 from anybit.quantizers.config import QuantizationConfigMixin
 from anybit.quantizers.named import schemes
-from anybit.weight.rewriting import rewrite
 
 
 def conversions(ready: Prepared, target: str | None = None) -> tuple[tuple[str, str], ...]:
@@ -41,8 +41,8 @@ def conversions(ready: Prepared, target: str | None = None) -> tuple[tuple[str, 
         config = cls(**options)
         if target is None or target in config.served_by():
             kinds = {_conversion(ready, config, *sample) for sample in weights}
-            if kinds and None not in kinds:
-                found.append((name, "rescaled" if "rescaled" in kinds else "exact"))
+            if None not in kinds:
+                found.append((name, RESCALED if RESCALED in kinds else EXACT))
     return tuple(sorted(found, key=lambda item: (item[1], item[0])))
 
 
@@ -53,11 +53,6 @@ def _conversion(ready: Prepared, config: QuantizationConfigMixin, entry: Entry, 
         layout = target.layout_for(module_info(entry.slot, part, entry.parts, ready.plan.dtype))
         if layout is None:
             return None
-        scheme = layout.scheme()
-        if (weight.activation and weight.activation.rule) != (scheme.activation and scheme.activation.rule):
-            return None
-        stored = layout.encode(rewrite(weight, scheme))
-        values = layout.decode(stored).to_dense(torch.float32)
-        return "exact" if torch.equal(values, weight.to_dense(torch.float32)) else "rescaled"
+        return kept(weight, weight.to_dense(torch.float32), part.prefix, layout)[1].kind
     except AnybitError:
         return None

@@ -15,8 +15,9 @@ import torch
 
 from anybit.engine import advice_rules as rules
 from anybit.engine.advice_plans import DENSE, Known, Unknown, bytes_written, layout_bytes
-from anybit.engine.advice_wishes import Wishes, size
+from anybit.engine.advice_wishes import Wishes
 from anybit.engine.memory import Shape, activation_bytes, cache_bytes, training_bytes
+from anybit.engine.outlining import size
 from anybit.engine.plan import Entry, Plan, refuse_uncalibrated
 from anybit.errors import CalibrationNeeded, NoKernel, NotRepresentable
 from anybit.kernels import get

@@ -13,6 +13,7 @@ import torch
 from anybit.engine import advice_rules as rules
 from anybit.engine import devices
 from anybit.engine.memory import RUNTIME_BYTES, available_memory, parse_size
+from anybit.engine.outlining import size
 from anybit.errors import InvalidOption, did_you_mean
 
 # what stands for a device that torch has no name for
@@ -124,10 +125,3 @@ def measured_bandwidth(device: str) -> float:
             torch.accelerator.synchronize(place)
         best = min(best, time.perf_counter() - begin)
     return 2 * source.numel() * 4 / best
-
-
-def size(count: float) -> str:
-    """ "8.00 GB", "13.6 MB", "2.1 kB"."""
-    if count < 1e6:
-        return f"{count / 1e3:.1f} kB"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -22,6 +22,7 @@ from anybit.engine.calibration import calibration_tokens
 from anybit.engine.evaluate import evaluate
 from anybit.engine.load import load
 from anybit.engine.memory import parse_size
+from anybit.engine.outlining import size
 from anybit.engine.quantize import quantize
 from anybit.engine.recipe import DENSE, Calibration, Recipe, Setting
 from anybit.engine.sensitivity import LENGTH, SAMPLES, SEED, Progress, Sensitivity, sees_inputs, sensitivity
@@ -123,9 +124,9 @@ def allocate(
     smallest = sum(min(size for _, size, _ in unit.choices) for unit in units)
     if smallest > budget:
         raise InvalidOption(
-            f"nothing of {', '.join(names)} fits: the smallest mix has {_mb(smallest + measured.other_bytes)} of tensors "
-            f"({8 * smallest / weights:.2f} bits per quantized weight), {_mb(smallest - budget)} more than asked for. Allow that "
-            "much, or name smaller schemes"
+            f"nothing of {', '.join(names)} fits: the smallest mix has {size(smallest + measured.other_bytes)} of tensors "
+            f"({8 * smallest / weights:.2f} bits per quantized weight), {size(smallest - budget)} more than asked for. Allow "
+            "that much, or name smaller schemes"
         )
     chosen = solve(units, budget)
     uniform, uniform_bytes, uniform_loss = _uniform(measured, metric, names, budget)
@@ -340,7 +341,3 @@ def _perplexity(
             model = load(made, device_map=device)
         context = min(CHECKED_CONTEXT, rows.shape[1] + 1)
         return evaluate(model, rows.flatten(), context=context, tokenizer=None).perplexity
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.3f} GB"

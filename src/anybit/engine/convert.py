@@ -235,25 +235,13 @@ def _converted(
 ) -> Weight:
     """One unit in the layout, its fate noted in the report. `weight` None: only its numbers are there, for a `reason`."""
 
-    def note(kind: str, error: float = 0.0, reason: str = "", inputs: str = "") -> None:
-        report.modules.append(ConvertedModule(name, kind, error, reason, inputs))
-
     inputs = ""
     if weight is not None:
         try:
-            inputs, alike = _inputs(weight, layout.scheme())
-            found = rewrite(weight, layout.scheme())
-            values = _read_back(layout, found)
-            error = _error(values, dense)
-            if not alike and not allow_requantize:
-                raise NotRepresentable(inputs)
-            if torch.equal(values, dense):
-                note(EXACT, inputs=inputs)
-                return found
-            if error <= MOST_RESCALED:
-                note(RESCALED, error, ROUNDED, inputs)
-                return found
-            reason = f"rounding its scales would change it by {error:.1e}, more than rounding to 16 bits explains"
+            inputs, _ = _inputs(weight, layout.scheme())
+            found, fate = kept(weight, dense, name, layout, allow_requantize)
+            report.modules.append(fate)
+            return found
         except NotRepresentable as refusal:
             reason = str(refusal)
     if not allow_requantize:
@@ -266,8 +254,31 @@ def _converted(
             f"{name} cannot be requantized to {type(layout).__name__} from its weights alone; the method needs calibration"
         )
     made = algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
-    note(REQUANTIZED, _error(_read_back(layout, made), dense.float()), reason, inputs)
+    error = _error(_read_back(layout, made), dense.float())
+    report.modules.append(ConvertedModule(name, REQUANTIZED, error, reason, inputs))
     return made
+
+
+def kept(
+    weight: Weight, dense: Tensor, name: str, layout: Layout, other_inputs: bool = False
+) -> tuple[Weight, ConvertedModule]:
+    """The weight in another layout with its codes kept, and how exactly. `dense`: its numbers, float32.
+
+    Raises NotRepresentable where the layout has no such weight, or quantizes inputs otherwise and `other_inputs` is False.
+    """
+    inputs, alike = _inputs(weight, layout.scheme())
+    found = rewrite(weight, layout.scheme())
+    if not alike and not other_inputs:
+        raise NotRepresentable(inputs)
+    values = _read_back(layout, found)
+    if torch.equal(values, dense):
+        return found, ConvertedModule(name, EXACT, inputs=inputs)
+    error = _error(values, dense)
+    if error > MOST_RESCALED:
+        raise NotRepresentable(
+            f"rounding its scales would change it by {error:.1e}, more than rounding to 16 bits explains"
+        )
+    return found, ConvertedModule(name, RESCALED, error, ROUNDED, inputs)
 
 
 def _read_back(layout: Layout, weight: Weight) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from anybit.engine.outlining import size
 from anybit.reporting import charts
 from anybit.reporting.facts import Facts, as_json, ranked
 
@@ -186,7 +187,7 @@ def _candidates(facts: Facts) -> Section | None:
         (
             one.name,
             f"{one.bits_per_weight:.2f}",
-            _size(one.bytes_on_disk),
+            size(one.bytes_on_disk),
             f"{one.perplexity:.3f}",
             "-" if one.kl is None else f"{one.kl:.4f}",
         )
@@ -225,7 +226,7 @@ def _texts(facts: Facts) -> Section | None:
 def _layouts(facts: Facts) -> Section:
     rows = [
         (
-            module["module"], module["action"], module["layout"], f"{module['bits_per_weight']:.2f}", _size(module["bytes"]),
+            module["module"], module["action"], module["layout"], f"{module['bits_per_weight']:.2f}", size(module["bytes"]),
             module["kernel"], module["reason"],
         )
         for module in facts.plan["modules"]
@@ -272,15 +273,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _change(now: int, before: int | None) -> str:
-    return _size(now) if not before else f"{_size(now)} ({now / before:.0%})"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    return size(now) if not before else f"{size(now)} ({now / before:.0%})"
 
 
 def _text(value: Any) -> str:
