@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import anybit
 from anybit import AutoRoundConfig, AwqConfig, BitsAndBytesConfig, GPTQConfig, MetalConfig, algorithms
 from anybit.algorithms import autoround, awq, gptq, rtn, smoothquant
-from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable
+from anybit.errors import ConfigError, InvalidOption, NotRepresentable
 from anybit.quantizers import AutoHfQuantizer
 from anybit.weight import ModuleInfo
 
@@ -239,8 +239,6 @@ def test_a_configurations_own_texts_are_used_and_not_kept(short: Path, tmp_path:
     assert config.dataset == [TEXT]
     with pytest.raises(ConfigError, match="would have to be downloaded"):
         anybit.quantize(short, tmp_path / "named", GPTQConfig(bits=4, dataset="wikitext2"))
-    with pytest.raises(CalibrationNeeded, match="quantizing at load does not run"):
-        anybit.load(short, config)
 
 
 def test_options_are_checked(short: Path, tmp_path: Path) -> None:

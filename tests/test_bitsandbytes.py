@@ -407,7 +407,7 @@ def test_what_is_quantized_and_why_not():
     assert four.layout_for(stack).own == ""
     for chosen, module, reason in (
         (four, ModuleInfo("d", "embedding", (64, 32), "float16", class_name="Embedding"), "not Embedding"),
-        (four, ModuleInfo("e", "linear", (64, 32), "float16", class_name="LoraLinear"), "not a LoraLinear"),
+        (four, ModuleInfo("e", "linear", (64, 32), "float16", class_name="LoraLinear"), "not LoraLinear"),
         (four, ModuleInfo("f", "experts", (4, 5, 30), "float16", class_name="Experts"), "from one expert"),
         (eight, stack, "no form for a stack"),
         (quantizer(load_in_8bit=True, llm_int8_has_fp16_weight=True), linear, "16 bit"),

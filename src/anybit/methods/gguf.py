@@ -58,7 +58,7 @@ class GgufConfig(QuantizationConfigMixin):
     tensor_types: dict[str, str] | None = None
     module_settings: dict[str, dict[str, str] | None] | None = None
     imatrix: str | None = None
-    big_endian: bool = False
+    big_endian: bool | None = None
     modules_to_not_convert: list[str] | None = None
 
     method: ClassVar[str] = "gguf"
@@ -71,7 +71,8 @@ class GgufConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         check_type(self, "gguf_file", str, None)
-        check_flags(self, "dequantize", "big_endian")
+        check_flags(self, "dequantize")
+        check_type(self, "big_endian", bool, None)
         if self.mix is not None:
             check_choice(self, "mix", tuple(MIXES))
         if self.block_type is not None:
@@ -319,4 +320,4 @@ class GgufHfQuantizer(HfQuantizer):
 
         config = self.quantization_config
         mix = config.mix or config.block_type or DEFAULT
-        return bundled(settings, specs, read, name, mix, big_endian=config.big_endian)
+        return bundled(settings, specs, read, name, mix, big_endian=bool(config.big_endian))

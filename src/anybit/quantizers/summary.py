@@ -15,7 +15,7 @@ CAPABILITIES = {
     "reads": "its checkpoints load, and their numbers are the vendor's",
     "runs": "packed weights multiply, and logits are the vendor's",
     "saves": "what was loaded is saved byte for byte",
-    "creates": "a dense model becomes such a checkpoint by rounding, with data for static scales alone",
+    "creates": "dense weights are rounded to it; only static scales may need data",
     "trains": "gradients reach the inputs of packed layers, so LoRA trains",
 }
 
