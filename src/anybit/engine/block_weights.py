@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,18 +11,25 @@ from torch import Tensor
 from anybit import algorithms
 from anybit.engine.calibration import Calibrator, Observed
 from anybit.engine.load import Prepared
-from anybit.engine.materialize import covering, dense_part, set_tensor
+from anybit.engine.materialize import covering, dense_part, oriented, set_tensor
 from anybit.engine.measuring import Ranges
 from anybit.engine.plan import Entry, PlannedPart
 from anybit.errors import AnybitError, CalibrationNeeded, located
 from anybit.weight import Layout, Weight
 from anybit.weight.layout import join_name
+from anybit.weight.nodes import map_tensors, tensors_of
 
 
 def target_of(layout: Layout) -> Weight:
     """What an algorithm is to fill: static scales of inputs are measured, not chosen."""
     scheme = layout.scheme()
     return replace(scheme, activation=None) if layout.static_inputs() else scheme
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """Matrices of one form as one stack."""
+    tensors = iter([torch.stack(own) for own in zip(*(tensors_of(own.tree) for own in weights), strict=True)])
+    return replace(weights[0], tree=map_tensors(weights[0].tree, lambda _: next(tensors)))
 
 
 @dataclass
@@ -63,8 +70,8 @@ class BlockWeights:
 
     def place(self, entry: Entry, dense: Tensor) -> None:
         """Put a logical dense weight into the model."""
-        oriented = dense.transpose(-1, -2).contiguous() if entry.slot.transposed else dense
-        set_tensor(self.ready.model, entry.slot.parameter, oriented.to(self.ready.plan.dtype), self.calibrator.device)
+        made = oriented(entry, dense).to(self.ready.plan.dtype)
+        set_tensor(self.ready.model, entry.slot.parameter, made, self.calibrator.device)
 
     def store(self, entry: Entry, part: PlannedPart, weight: Weight) -> Tensor:
         """Keep a unit's stored tensors; the dense weight that they stand for."""

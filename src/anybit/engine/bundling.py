@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING
 from anybit.containers.atomic import RESULT, atomic_folder, resumable_folder
 from anybit.containers.gguf_writer import GgufWriter
 from anybit.engine.resume import Journal, Resume
-from anybit.engine.write import Job, Spec
-from anybit.errors import AnybitError, WriteError
+from anybit.engine.write import Job, Spec, run_jobs
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from anybit.engine.load import Prepared
     from anybit.quantizers.base import HfQuantizer
     from anybit.quantizers.bundle import Bundled
@@ -75,26 +72,7 @@ def write_bundle(
         kept = set() if journal is None else set(journal.done)
         written = None if journal is None else {name for number in kept for name in jobs[number].specs}
         with GgufWriter(folder, bundled, max_shard_size=max_shard_size, written=written) as writer:
-            for number, job in enumerate(jobs):
-                if number not in kept:
-                    for name, tensor in _made(job, journal):
-                        writer.write(name, tensor)
-                    if journal is not None:
-                        journal.finished(number, writer.sync, number + 1 == len(jobs))
-                if progress is not None:
-                    progress(job.label, number + 1, len(jobs))
+            run_jobs(jobs, writer, kept, journal, progress)
         if resume is not None:
             resume.check()
     return target
-
-
-def _made(job: Job, journal: Journal | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a job, none of them held here."""
-    try:
-        made = dict(job.make())
-    except AnybitError as error:
-        if journal is not None and not isinstance(error, WriteError):
-            journal.drop()  # the next run would end there as well
-        raise
-    for name in list(made):
-        yield name, made.pop(name)

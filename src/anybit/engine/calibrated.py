@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from anybit import algorithms
-from anybit.engine.block_weights import BlockWeights, target_of
+from anybit.engine.block_weights import BlockWeights, stacked, target_of
 from anybit.engine.budget import BATCH
 from anybit.engine.calibration import Calibrator, Observed
 from anybit.engine.folding import Folding
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared
+from anybit.engine.materialize import assembled, oriented
 from anybit.engine.measuring import Ranges
 from anybit.engine.plan import Entry, PlannedPart, is_static, refuse_unmeasured
 from anybit.engine.quantize import copy_job
@@ -27,7 +28,6 @@ from anybit.engine.write import Job, Spec
 from anybit.errors import AnybitError, ConfigError, InvalidOption, NotRepresentable, located
 from anybit.weight import Layout, Weight
 from anybit.weight.layout import join_name
-from anybit.weight.nodes import map_tensors, tensors_of
 
 
 def calibrated_jobs(
@@ -147,7 +147,7 @@ class _Block(BlockWeights):
 
     def _round(self, entry: Entry, observed: Mapping[int | None, Observed] | None) -> Tensor:
         """Quantize one weight; the dense weight that takes its place, in the model's orientation."""
-        rows: dict[int | None, list[Tensor]] = {}
+        made: list[tuple[PlannedPart, Tensor]] = []
         few = total = 0
         for part, dense in self.parts(entry):
             if observed is None:
@@ -158,11 +158,9 @@ class _Block(BlockWeights):
             else:
                 weight, cold = self._unit(part, dense, observed[part.index[0]])
                 few, total = few + cold, total + 1
-            rows.setdefault(part.index[0], []).append(self.store(entry, part, weight))
+            made.append((part, self.store(entry, part, weight)))
         self.explain(entry, observed, few, total)
-        experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
-        made = experts[0] if None in rows else torch.stack(experts)
-        return made.transpose(-1, -2).contiguous() if entry.slot.transposed else made
+        return oriented(entry, assembled(made))
 
     def _unit(self, part: PlannedPart, dense: Tensor, seen: Observed) -> tuple[Weight, bool]:
         """One matrix, and whether too few tokens came by."""
@@ -202,8 +200,7 @@ class _Block(BlockWeights):
                 cold += 1
             else:
                 made.append(self._observed(part, matrix, target.select(number), observed[number]))
-        stacked = iter([torch.stack(own) for own in zip(*(tensors_of(own.tree) for own in made), strict=True)])
-        return replace(nearest, tree=map_tensors(nearest.tree, lambda _: next(stacked))), cold
+        return replace(nearest, tree=stacked(made).tree), cold
 
     def _before(self, wanted: Mapping[str, Entry]) -> None:
         """Foldings, then a pass that measures what static scales depend on."""

@@ -18,8 +18,7 @@ from anybit.engine.hidden_states import Work
 from anybit.engine.load import Progress, prepare
 from anybit.engine.plan import Entry
 from anybit.errors import ConfigError
-from anybit.methods._gguf_imatrix import bundled
-from anybit.quantizers.auto import AutoQuantizationConfig
+from anybit.quantizers.registry import config_classes
 
 
 def importance_matrix(
@@ -45,12 +44,13 @@ def importance_matrix(
         raise ConfigError(f"the importance matrix {target} must be named *.gguf, as it is such a file")
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists. Choose another output or pass force=True to replace it")
-    config = AutoQuantizationConfig.from_dict({"quant_method": "gguf", "mix": "Q8_0"})
+    method = next(cls for cls in config_classes() if cls.importance_options is not None)
+    config = method(**(method.importance_options or {}))
     ready = prepare(src, config, device_map=device, calibrated=True)
     assert ready.quantizer is not None
     tokens = calibration_tokens(calibration, ready.folder, samples=samples, length=sequence_length, seed=seed)
     calibrator = Calibrator(ready, tokens, torch.device(device), budget(ready, tokens, None).batch, Work())
-    names_of: Any = ready.quantizer.names_of  # type: ignore[attr-defined]
+    names_of = ready.quantizer.importance_names
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(entry: Entry, observed: Mapping[int | None, Observed] | None) -> Tensor:
@@ -68,7 +68,7 @@ def importance_matrix(
     ready.checkpoint.release()
     new = target.with_name(f".{target.stem}.anybit-new.gguf")
     new.unlink(missing_ok=True)
-    file, numbers = bundled(new.name, found, *tokens.shape)
+    file, numbers = ready.quantizer.importance_file(new.name, found, *tokens.shape)
     with GgufWriter(new.parent, file) as writer:
         for name, tensor in numbers.items():
             writer.write(name, tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -96,6 +96,20 @@ def covering(
             dense = changed[name] if changed and name in changed else checkpoint.read(name)
             found.append(max(abs(float(number)) for number in torch.aminmax(dense)))
     return layout.covering(max(found)) if layout.alongside else layout
+
+
+def assembled(parts: Iterable[tuple[PlannedPart, Tensor]]) -> Tensor:
+    """The logical weight, [out, in] or [experts, out, in], that units make together."""
+    rows: dict[int | None, list[Tensor]] = {}
+    for part, value in parts:
+        rows.setdefault(part.index[0], []).append(value)
+    experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
+    return experts[0] if None in rows else torch.stack(experts)
+
+
+def oriented(entry: Entry, logical: Tensor) -> Tensor:
+    """As the model's class keeps it."""
+    return logical.transpose(-1, -2).contiguous() if entry.slot.transposed else logical
 
 
 def dense_part(model: nn.Module, entry: Entry, part: PlannedPart, checkpoint: Checkpoint) -> Tensor:

@@ -303,8 +303,8 @@ def refuse_unmeasured(entries: Iterable[Entry], measurements: Mapping[str, Measu
     if names:
         raise CalibrationNeeded(
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: static scales are measured on data, and "
-            "quantizing at load has none. Make the checkpoint with `quantize(..., calibration=...)` (--calib), or choose a "
-            "scheme whose inputs, outputs and cache are quantized dynamically or not at all"
+            "there is none here. Make the checkpoint with `quantize(..., calibration=...)` (--calib), or choose a scheme whose "
+            "inputs, outputs and cache are quantized dynamically or not at all"
         )
 
 

@@ -119,6 +119,7 @@ class _Rotation:
         self.stream = Turn(self.width, seed)
         self.seed = seed
         self.result = Rotated()
+        self._untied_from = ""  # the embedding, where the output layer shares it
         self.entries = {entry.slot.parameter: entry for entry in ready.plan.entries}
         self.gains: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}  # norm -> stored name, what it multiplies by
 
@@ -143,8 +144,6 @@ class _Rotation:
             )
         self.result.ignored = {name: "" for name in tensors if name not in self.result.made}
         return self.result
-
-    _untied_from = ""
 
     @staticmethod
     def _add(changes: dict[str, tuple[Change, str | None]], more: Iterator[tuple[str, Change, str | None]]) -> None:
@@ -205,9 +204,7 @@ class _Rotation:
         if number is None:
             if key not in (table, head, f"{final}.weight", head.removesuffix("weight") + "bias"):
                 raise self._refuse(key, "what it does to the residual stream is not known")
-        elif own.removesuffix(".weight") not in NORMS and not any(
-            roles.fullmatch(own) for roles in (READERS, WRITERS, INSIDE)
-        ):
+        elif own.removesuffix(".weight") not in NORMS and not _has_role(own):
             what = "a norm of a layer's output" if "norm" in own else "what it does to the residual stream is not known"
             raise self._refuse(key, what)
 
@@ -277,16 +274,9 @@ class _Rotation:
                     f"it has {rows} rows and o_proj {output.slot.shape[1]} columns, which are not {heads} heads of {size} with "
                     f"{groups} of keys and values",
                 )
-            for own in self.ready.names.state:
-                if (
-                    own.startswith(start)
-                    and not INSIDE.fullmatch(own.removeprefix(f"{self.prefix}.{number}."))
-                    and not (
-                        READERS.fullmatch(own.removeprefix(f"{self.prefix}.{number}."))
-                        or WRITERS.fullmatch(own.removeprefix(f"{self.prefix}.{number}."))
-                    )
-                ):
-                    raise self._refuse(own, "what it does to the values is not known")
+            for key in self.ready.names.state:
+                if key.startswith(start) and not _has_role(self._inside(key)[1]):
+                    raise self._refuse(key, "what it does to the values is not known")
             for own in ("weight", "bias"):
                 if f"{value}.{own}" in self.ready.names.state:
                     yield from self._changed(f"{value}.{own}", Change(rows=((turn, first),)))
@@ -336,3 +326,8 @@ class _Rotation:
             raise self._refuse(key, "it is not stored")
         for name in names:
             yield name, replace(change, transposed=turned), norm
+
+
+def _has_role(name: str) -> bool:
+    """Whether it is known what a tensor of a block does to the residual stream, or that it does not see it."""
+    return any(roles.fullmatch(name) for roles in (READERS, WRITERS, INSIDE))

@@ -28,8 +28,8 @@ from anybit import algorithms
 from anybit.engine.advice_plans import layout_bytes
 from anybit.engine.calibration import calibration_tokens
 from anybit.engine.load import Prepared, load, prepare
-from anybit.engine.materialize import dense_part, make_weight
-from anybit.engine.plan import Entry, module_info
+from anybit.engine.materialize import assembled, dense_part, make_weight
+from anybit.engine.plan import Entry, PlannedPart, module_info
 from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable, near_path
 from anybit.quantizers.named import from_scheme
 from anybit.weight import Layout, Weight
@@ -316,7 +316,7 @@ def quantized_dense(
 
     `inputs` [rows, in]: what `algorithm` rounds by; without them, the layout's own rounding.
     """
-    rows: dict[int | None, list[Tensor]] = {}
+    made: list[tuple[PlannedPart, Tensor]] = []
     moments = None if inputs is None else inputs.T @ inputs * (2 / len(inputs))
     for part in entry.parts:
         assert part.layout is not None
@@ -326,9 +326,8 @@ def quantized_dense(
             dense = dense_part(ready.model, entry, part, ready.checkpoint).to(device, torch.float32)
             weight = _rounded(ready, part.layout, dense, str(algorithm), moments)
         stored = part.layout.encode(weight)
-        rows.setdefault(part.index[0], []).append(part.layout.decode(stored).to_dense(torch.float32))
-    experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
-    return experts[0] if None in rows else torch.stack(experts)
+        made.append((part, part.layout.decode(stored).to_dense(torch.float32)))
+    return assembled(made)
 
 
 def _rounded(ready: Prepared, layout: Layout, dense: Tensor, algorithm: str, moments: Tensor) -> Weight:

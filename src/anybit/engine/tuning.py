@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anybit.engine.block_weights import BlockWeights, target_of
-from anybit.engine.materialize import set_tensor
+from anybit.engine.block_weights import BlockWeights, stacked, target_of
+from anybit.engine.materialize import assembled, oriented, set_tensor
 from anybit.engine.plan import Entry, PlannedPart
 from anybit.errors import AnybitError, located
-from anybit.weight import Weight
-from anybit.weight.nodes import map_tensors, tensors_of
 
 
 def tuned(
@@ -47,8 +44,8 @@ def tuned(
 
     def values() -> dict[str, Tensor]:
         return {
-            key.removeprefix(start): _assembled(
-                wanted[key], [(part, _joined([own.value() for own in roundings])) for part, roundings in parts]
+            key.removeprefix(start): oriented(
+                wanted[key], assembled((part, _joined([own.value() for own in roundings])) for part, roundings in parts)
             )
             for key, parts in trained.items()
         }
@@ -79,10 +76,10 @@ def tuned(
         finished = []
         for part, own in parts:
             found = [rounding.weight() for rounding in own]
-            made = found[0] if len(part.layout.shape) == 2 else _stacked(found)  # type: ignore[union-attr]
+            made = found[0] if len(part.layout.shape) == 2 else stacked(found)  # type: ignore[union-attr]
             finished.append((part, weights.store(wanted[key], part, made)))
         entry = wanted[key]
-        set_tensor(weights.ready.model, key, _assembled(entry, finished), weights.calibrator.device)
+        set_tensor(weights.ready.model, key, oriented(entry, assembled(finished)), weights.calibrator.device)
         weights.note(
             entry, f"trained for {len(history)} steps: error of the block {history[0]:.3g} -> {min(history):.3g}"
         )
@@ -98,21 +95,6 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _joined(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values)
-
-
-def _assembled(entry: Entry, parts: Sequence[tuple[PlannedPart, Tensor]]) -> Tensor:
-    """Units, put together in the model's orientation."""
-    rows: dict[int | None, list[Tensor]] = {}
-    for part, value in parts:
-        rows.setdefault(part.index[0], []).append(value)
-    experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
-    whole = experts[0] if None in rows else torch.stack(experts)
-    return whole.transpose(-1, -2).contiguous() if entry.slot.transposed else whole
-
-
-def _stacked(weights: list[Weight]) -> Weight:
-    stacked = iter([torch.stack(own) for own in zip(*(tensors_of(own.tree) for own in weights), strict=True)])
-    return replace(weights[0], tree=map_tensors(weights[0].tree, lambda _: next(stacked)))
 
 
 def _rows(batches: Sequence[Tensor]) -> list[Tensor]:

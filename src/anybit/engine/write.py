@@ -10,10 +10,10 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from anybit.containers.atomic import RESULT, atomic_folder, resumable_folder
 from anybit.containers.writer import SafetensorsWriter, aligned_order
 from anybit.engine.resume import Journal, Resume
 from anybit.errors import AnybitError, WriteError
+
+if TYPE_CHECKING:
+    from anybit.containers.gguf_writer import GgufWriter
 
 Spec = tuple[str, tuple[int, ...]]  # dtype name, shape
 
@@ -112,20 +115,7 @@ def write_checkpoint(
             shrinking=shrinking,
             written=None if journal is None else {name for number in kept for name in jobs[number].specs},
         ) as writer:
-            for number, job in enumerate(jobs):
-                if number not in kept:
-                    try:
-                        made = dict(job.make())
-                    except AnybitError as error:
-                        if journal is not None and not isinstance(error, WriteError):
-                            journal.drop()  # the next run would end there as well
-                        raise
-                    for name in list(made):
-                        writer.write(name, made.pop(name))
-                    if journal is not None:
-                        journal.finished(number, writer.sync, number + 1 == len(jobs))
-                if progress is not None:
-                    progress(job.label + job.remark(), number + 1, len(jobs))
+            run_jobs(jobs, writer, kept, journal, progress)
         for file in copy_from:
             shutil.copyfile(file, folder / file.name)
         for name, content in (extra_files or {}).items():
@@ -135,6 +125,30 @@ def write_checkpoint(
         if resume is not None:
             resume.check()
     return target
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    writer: SafetensorsWriter | GgufWriter,
+    kept: Collection[int],
+    journal: Journal | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    """Make and write the tensors of every job but those `kept` from a broken run, one job in memory at a time."""
+    for number, job in enumerate(jobs):
+        if number not in kept:
+            try:
+                made = dict(job.make())
+            except AnybitError as error:
+                if journal is not None and not isinstance(error, WriteError):
+                    journal.drop()  # the next run would end there as well
+                raise
+            for name in list(made):
+                writer.write(name, made.pop(name))
+            if journal is not None:
+                journal.finished(number, writer.sync, number + 1 == len(jobs))
+        if progress is not None:
+            progress(job.label + job.remark(), number + 1, len(jobs))
 
 
 def _holds_model(folder: Path) -> bool:

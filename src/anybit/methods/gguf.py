@@ -64,6 +64,7 @@ class GgufConfig(QuantizationConfigMixin):
     method: ClassVar[str] = "gguf"
     targets: ClassVar[tuple[str, ...]] = ("transformers", "vllm", "llama.cpp")
     loading_attributes: ClassVar[tuple[str, ...]] = ("dequantize",)
+    importance_options: ClassVar[Mapping[str, Any] | None] = {"mix": "Q8_0"}
     optional: ClassVar[tuple[str, ...]] = (
         "mix", "block_type", "tensor_types", "module_settings", "imatrix", "big_endian", "modules_to_not_convert",
     )  # fmt: skip
@@ -292,13 +293,17 @@ class GgufHfQuantizer(HfQuantizer):
             self.decide(f"{kind} instead of {block_type}, whose blocks are wider than its rows", module.name)
         return GgufLayout(module.shape, module.dtype, kind, importance=importance)
 
-    def names_of(self, modules: Sequence[str]) -> list[str]:
-        """Names in a GGUF file of the weights that these modules of a checkpoint are in; valid after `begin`."""
+    def importance_names(self, modules: Sequence[str]) -> list[str]:
         if self._names is None:
             raise ConfigError(
                 "the weights of this model have no names in a GGUF file, so neither has an importance matrix"
             )
         return list(dict.fromkeys(f"{name}.weight" for module in modules for name in self._names.everywhere(module)))
+
+    def importance_file(self, file: str, found: Mapping[str, Any], chunks: int, length: int) -> tuple[Bundled, Any]:
+        from anybit.methods._gguf_imatrix import bundled
+
+        return bundled(file, found, chunks, length)
 
     def _importance_of(self, name: str | None, expert: int | None, module: ModuleInfo) -> Any:
         found = self._importance.get(name) if self._importance is not None and name is not None else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, did_you_mean
+from anybit.errors import CalibrationNeeded, ConfigError, InvalidOption, NotRepresentable, did_you_mean
 from anybit.quantizers.config import QuantizationConfigMixin, QuantizationMethod
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
 
     from anybit.quantizers.bundle import Bundle, Bundled
     from anybit.quantizers.measurement import Measurement
@@ -191,6 +192,17 @@ class HfQuantizer:
         file cannot hold.
         """
         return None
+
+    def importance_names(self, modules: Sequence[str]) -> list[str]:
+        """What an importance file calls the weights that these modules of a checkpoint are in; valid after `begin`."""
+        raise NotRepresentable(f"{self.method_name} has no files that say how much the inputs of a layer weigh")
+
+    def importance_file(
+        self, file: str, found: Mapping[str, tuple[Tensor, Tensor]], chunks: int, length: int
+    ) -> tuple[Bundled, dict[str, Tensor]]:
+        """Such a file, and its tensors. `found`: by `importance_names` sums of squares [experts, in] and tokens [experts] that
+        `chunks` texts of `length` tokens brought."""
+        raise NotRepresentable(f"{self.method_name} has no files that say how much the inputs of a layer weigh")
 
     def other_names(self, stored: str) -> Sequence[str]:
         """What transformers' own checkpoints may call a tensor that this format stores under a name of its own.

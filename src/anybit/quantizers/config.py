@@ -66,6 +66,7 @@ class QuantizationConfigMixin:
     optional: options that `to_dict` leaves out while they are None.
     schemes: short names for options to create a checkpoint with, e.g. "nf4".
     targets: programs that read the method's files; see `served_by`.
+    importance_options: of a configuration whose quantizer writes files of importance; None: the method has none.
     """
 
     __slots__ = ("__dict__", "__weakref__", "_given")  # what the caller named lies beside the options, not among them
@@ -79,6 +80,7 @@ class QuantizationConfigMixin:
     schemes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     targets: ClassVar[tuple[str, ...]] = ("transformers",)
     optional: ClassVar[tuple[str, ...]] = ()
+    importance_options: ClassVar[Mapping[str, Any] | None] = None
 
     quant_method: QuantizationMethod | str
     extra_fields: dict[str, Any]
