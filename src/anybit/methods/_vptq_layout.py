@@ -24,7 +24,8 @@ class VptqLayout(Layout):
     """`vector` outputs share an index; `entries`, `residuals`: of the codebooks, 0 where there is none.
 
     `outliers`: the first columns, with a codebook of their own. `norm_axis`: scale and bias per input (0), per output (1) or
-    none. `permuted`: `perm` names the input of each stored column.
+    none. `permuted`: `perm` names the input of each stored column. `index_dtype`: what the 16 bits of an outlier's index are
+    called; "float16" where the configuration says indices_as_float.
     """
 
     vector: int = 8
@@ -37,6 +38,7 @@ class VptqLayout(Layout):
     norm_axis: int | None = 0
     permuted: bool = True
     number_dtype: str = "float16"
+    index_dtype: str = "int16"
 
     @property
     def group_size(self) -> int:
@@ -59,7 +61,7 @@ class VptqLayout(Layout):
             specs["res_centroids.weight"] = (kind, (self.groups, self.residuals * self.vector))
         if self.outliers:
             specs["outlier_centroids.weight"] = (kind, (1, self.outlier_entries * self.outlier_vector))
-            specs["outlier_indices"] = ("int16", (1, -(-rows // self.outlier_vector), self.outliers))
+            specs["outlier_indices"] = (self.index_dtype, (1, -(-rows // self.outlier_vector), self.outliers))
         if self.permuted:
             specs["perm"] = ("int16", (columns,))
         if self.norm_axis is not None:
@@ -69,11 +71,11 @@ class VptqLayout(Layout):
     def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
         found = {name: self.take(tensors, name, *spec) for name, spec in self.specs().items()}
         for name, stored in found.items():
-            if stored.is_floating_point():
+            if stored.is_floating_point() and name != "outlier_indices":
                 require_finite(name, stored)
         parts: list[Node] = []
         if self.outliers:
-            codes = found["outlier_indices"][0].to(torch.int32) & 0xFFFF
+            codes = found["outlier_indices"][0].view(torch.int16).to(torch.int32) & 0xFFFF
             require_below("outlier_indices", codes, self.outlier_entries)
             table = found["outlier_centroids.weight"].view(1, -1, self.outlier_vector, 1)
             parts.append(self._crop(Codebook(Codes.of(codes, 16), table, (self.outlier_vector, 1))))
@@ -101,7 +103,8 @@ class VptqLayout(Layout):
         if self.outliers:
             book = parts.pop(0)
             stored["outlier_centroids.weight"] = book.tables.reshape(1, -1)
-            stored["outlier_indices"] = book.codes.integers().to(torch.int16)[None]
+            indices = book.codes.integers().to(torch.int16)
+            stored["outlier_indices"] = indices.view(getattr(torch, self.index_dtype))[None]
         books: list[Any] = [part.parts if isinstance(part, Sum) else (part, None) for part in parts]
         stored["centroids.weight"] = torch.stack([main.tables.reshape(-1) for main, _ in books])
         if self.residuals:

@@ -207,6 +207,7 @@ def _layout(module: ModuleInfo, settings: VptqLayerConfig, number_dtype: str) ->
         settings.extra_fields.get("norm_dim", 0) if settings.enable_norm else None,
         settings.enable_perm,
         number_dtype,
+        "float16" if settings.indices_as_float else "int16",
     )
     if settings.group_size not in (-1, layout.group_size):
         raise ShapeMismatch(
