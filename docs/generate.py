@@ -46,7 +46,7 @@ def method_page(info: MethodInfo) -> str:
     summary, _, stored = inspect.cleandoc(own.__doc__ or "").partition("\n")
     lines = [f"# {info.name}", "", summary, ""]
     lines += ["| | seen on the vendor's checkpoints |", "|---|---|"]
-    lines += [f"| {name}: {what} | {'yes' if getattr(info, name) else '-'} |" for name, what in CAPABILITIES.items()]
+    lines += [f"| {name}: {what} | {info.says(name)} |" for name, what in CAPABILITIES.items()]
     lines += [
         "",
         f"Measured by the conformance suite on {_counted(info.checkpoints)}." if info.checkpoints else "",

@@ -7,10 +7,10 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def packed(tmp_path_factory):
 
 def process(*arguments, **options):
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "anybit.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "anybit", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -361,15 +361,14 @@ class TestProcess:
             "import sys; from anybit.cli.app import run; run(sys.argv[1:]); "
             "sys.exit(f'imported: {found}' if (found := {'torch', 'transformers'} & set(sys.modules)) else 0)"
         )
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
+        seconds = []  # of the processor, not of the clock: a busy machine must not decide
+        while len(seconds) < 3 and min(seconds, default=1) >= 1:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-            times.append(time.perf_counter() - begin)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             assert done.returncode == 0, done.stderr
-            if times[-1] < 1:
-                break
-        assert min(times) < 1
+        assert min(seconds) < 1
 
     def test_version(self):
         done = process("--version")
@@ -405,7 +404,7 @@ class TestProcess:
         assert shown.startswith("error (CheckpointError): './nowhere'")
 
     def test_interrupt(self):
-        command = [sys.executable, "-m", "anybit.cli", "run", MODEL, "-p", "The city", "-n", "100000", "--greedy"]
+        command = [sys.executable, "-m", "anybit", "run", MODEL, "-p", "The city", "-n", "100000", "--greedy"]
         # a run in the background of a script hands down that interrupts are ignored
         running = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -425,7 +424,7 @@ class TestProcess:
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run(
-            [sys.executable, "-m", "anybit.cli", "methods"], stdout=writing, stderr=subprocess.PIPE, timeout=60
+            [sys.executable, "-m", "anybit", "methods"], stdout=writing, stderr=subprocess.PIPE, timeout=60
         )
         os.close(writing)
         assert b"Traceback" not in done.stderr
@@ -453,7 +452,7 @@ def terminal(*arguments):
     main, second = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     running = subprocess.Popen(
-        [sys.executable, "-m", "anybit.cli", *arguments], stdin=second, stdout=second, stderr=second, env=environment
+        [sys.executable, "-m", "anybit", *arguments], stdin=second, stdout=second, stderr=second, env=environment
     )
     os.close(second)
     shown = b""

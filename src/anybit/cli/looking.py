@@ -37,11 +37,10 @@ def methods(
         "methods": [info.to_dict() for info in found],
         "schemes": {name: {"config": cls.__name__, "options": options} for name, (cls, options) in named.items()},
     }
-    mark = {True: "yes", False: "-"}
     rows = [
         (
             info.name,
-            *(mark[getattr(info, capability)] for capability in CAPABILITIES),
+            *(info.says(capability) for capability in CAPABILITIES),
             str(info.checkpoints or "-"),
         )
         for info in found

@@ -41,6 +41,12 @@ class MethodInfo:
     trains: bool
     checkpoints: int
 
+    def says(self, capability: str) -> str:
+        """A cell of the tables: "yes", "-", or "with data" for what is made by fitting to calibration data."""
+        if capability == "creates" and self.calibration:
+            return "with data"
+        return "yes" if getattr(self, capability) else "-"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
@@ -67,12 +73,11 @@ def methods() -> list[MethodInfo]:
 
 def markdown_table() -> str:
     """The table of the README: one row per method."""
-    mark = {True: "yes", False: "-"}
     lines = [
         f"| method | {' | '.join(CAPABILITIES)} | vendor's checkpoints | |",
         f"|---|{'---|' * len(CAPABILITIES)}---|---|",
     ]
     for info in methods():
-        cells = " | ".join(mark[getattr(info, capability)] for capability in CAPABILITIES)
+        cells = " | ".join(info.says(capability) for capability in CAPABILITIES)
         lines.append(f"| `{info.name}` | {cells} | {info.checkpoints or '-'} | {info.summary} |")
     return "\n".join(lines) + "\n"

@@ -1,5 +1,0 @@
-"""`python -m anybit.cli` is `anybit`."""
-
-from anybit.cli import main
-
-main()
