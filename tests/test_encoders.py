@@ -173,6 +173,22 @@ def test_ranges(dtype: torch.dtype, level: str) -> None:
     assert same(*both(_loops.row_largest, turned, 32))
 
 
+def test_places(level: str) -> None:
+    """Sides that no tile divides, rows of a wider matrix, words of two dtypes."""
+    for rows, columns in ((64, 64), (100, 70), (17, 513), (2, 5000), (5000, 2), (256, 2048)):
+        for dtype in (torch.int32, torch.float32):
+            stored = torch.randint(-(1 << 31), (1 << 31) - 1, (rows, columns + 3), dtype=torch.int32).view(dtype)
+            for words in (stored.T, stored[:, 1:-1].T):
+                assert same(*both(packing.turned, words))
+    assert encoding.turned(torch.zeros(64, 64, 2).mT) is NotImplemented
+    assert encoding.turned(torch.zeros(100, 100)) is NotImplemented
+    for count in (4096, 5001, 3 << 20):
+        stored = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        found, wanted = both(packing.halves_swapped, stored)
+        assert same(found, wanted)
+        assert int(found[1]) == int(f"{int(stored[1]):02x}"[::-1], 16)
+
+
 @pytest.mark.parametrize("arithmetic", DTYPES)
 @pytest.mark.parametrize("ties", ["even", "away"])
 def test_integers(ties: str, arithmetic: torch.dtype, level: str) -> None:

@@ -52,4 +52,8 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if running:
+            if gc.get_freeze_count() == 0:  # nobody's objects are frozen, so none of theirs is thawed
+                # all that was made counts as old, as if it had been looked at; otherwise the next object that is made pays
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

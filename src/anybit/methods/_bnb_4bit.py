@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from anybit._lazy import torch
 from anybit.errors import CorruptFile, MissingTensor, NotRepresentable, ShapeMismatch
-from anybit.weight import levels, nodes
+from anybit.weight import levels, nodes, packing
 from anybit.weight.layout import Layout, meta
 from anybit.weight.weight import Weight
 
@@ -177,7 +177,13 @@ class Bnb4BitLayout(Layout):
             )
         whole_rows = columns % self.blocksize == 0 and columns % 2 == 0
         shape = (*lead, rows, columns) if whole_rows else (*lead, 1, size)
-        codes = nodes.Codes(_swapped(tensors[self.own]).view(*shape[:-1], (shape[-1] + 1) // 2), 4, shape[-1])
+        codes = nodes.Codes(
+            packing.halves_swapped(tensors[self.own].reshape(-1).view(torch.uint8)).view(
+                *shape[:-1], (shape[-1] + 1) // 2
+            ),
+            4,
+            shape[-1],
+        )
         blocks = -(-size // self.blocksize)
         scale: Node
         if self.nested_blocksize is None:
@@ -233,7 +239,7 @@ class Bnb4BitLayout(Layout):
         check_form(self, weight)
         grid = _body(weight.tree)
         codes, scale = grid.codes, _body(grid.scale)
-        packed = _swapped(codes.packed.reshape(-1)).view(getattr(torch, self.storage)).view(-1, 1)
+        packed = packing.halves_swapped(codes.packed.reshape(-1)).view(getattr(torch, self.storage)).view(-1, 1)
         found = {self.own: packed}
         offset: float | None = 0.0
         if isinstance(scale, nodes.Grid):
@@ -280,18 +286,6 @@ class Bnb4BitLayout(Layout):
         if device.type == "meta":
             return meta("float32", 16)
         return levels.table(self.table, str(device)) + 0.0  # a stored FP4 table has no negative zero
-
-
-def _swapped(packed: Tensor) -> Tensor:
-    """Bytes of any dtype, flat, with their halves exchanged; a few megabytes at a time."""
-    stored = packed.reshape(-1).view(torch.uint8)
-    swapped = torch.empty_like(stored)
-    if stored.is_meta:
-        return swapped  # each of the operations below would cost a millisecond there
-    for part, target in zip(stored.split(1 << 21), swapped.split(1 << 21)):
-        torch.bitwise_left_shift(part, 4, out=target)
-        target |= part >> 4
-    return swapped
 
 
 def _body(node: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from anybit._lazy import torch
 from anybit.errors import CorruptFile, NotRepresentable
 from anybit.methods._words import fitted, read_codes, require_finite, require_zeros, word_count, write_codes
+from anybit.weight import packing
 from anybit.weight.layout import Layout, meta
 from anybit.weight.nodes import Codes, Grid, Values
 from anybit.weight.weight import Weight
@@ -83,7 +84,7 @@ class GptqLayout(Layout):
         assert isinstance(grid.zero, Codes)
         assert isinstance(grid.scale, Values)
         stored = {
-            "qweight": write_codes(grid.codes, self.planar).T.contiguous(),
+            "qweight": packing.turned(write_codes(grid.codes, self.planar).T),
             "qzeros": self._write_zeros(grid.zero.integers().T),
             "scales": grid.scale.tensor.T.contiguous(),
         }

@@ -85,9 +85,28 @@ def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Tensor:
     return codes.to(torch.uint8) if bits <= 8 else codes
 
 
+@encoder("turned")
+def turned(words: Tensor) -> Tensor:
+    """A contiguous copy of what is stored the other way round: words.T of `words` in rows, say."""
+    return words.contiguous()
+
+
+@encoder("halves_swapped")
+def halves_swapped(stored: Tensor) -> Tensor:
+    """uint8 of any shape with the high and the low four bits of each byte exchanged."""
+    swapped = torch.empty(stored.shape, dtype=torch.uint8, device=stored.device)
+    if stored.is_meta:
+        return swapped  # each of the operations below would cost a millisecond there
+    # a few megabytes at a time
+    for part, target in zip(stored.reshape(-1).split(1 << 21), swapped.view(-1).split(1 << 21), strict=True):
+        torch.bitwise_left_shift(part, 4, out=target)
+        target |= part >> 4
+    return swapped
+
+
 def words_to_rows(words: Tensor) -> Tensor:
     """Integer words [..., n] of any width -> the same bits as bytes, uint8 [..., n * itemsize]."""
-    flat = words.contiguous().reshape(-1)  # flat first: an axis of length 1 may keep any stride, which view refuses
+    flat = turned(words).reshape(-1)  # flat first: an axis of length 1 may keep any stride, which view refuses
     return flat.view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * words.element_size())
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from anybit.kernels.cpu import native
 
-RANGES, INTEGERS, SMALL_FLOATS, TABLE_BLOCKS, PACK, UNPACK, SEARCH, INTO_BLOCKS, FROM_BLOCKS = range(9)
+RANGES, INTEGERS, SMALL_FLOATS, TABLE_BLOCKS, PACK, UNPACK, SEARCH, INTO_BLOCKS, FROM_BLOCKS, TURN, SWAP_HALVES = range(
+    11
+)
 TILE = 2048  # numbers that an encoder works on at once
 SMALL = 1 << 15  # numbers that one thread encodes sooner than a second wakes up
 FEW = 1 << 12  # codes that torch packs as soon as a call across the border
@@ -59,6 +61,8 @@ SmallFloats = _job(
 )  # fmt: skip
 TableBlocks = _job("TableBlocks", _SOURCE, *_integers("size"), *_pointers("middles", "pairs", "scales", "codes"))
 Packing = _job("Packing", *_pointers("codes", "to"), *_integers("columns", "from_stride", "to_stride", "bits", "start"))
+Turn = _job("Turn", *_pointers("from", "to"), *_integers("rows", "from_stride"))
+SwapHalves = _job("SwapHalves", *_pointers("from", "to"))
 Fields = _job("Fields", *_pointers(*_FIELDS))
 Search = _job("Search", _SOURCE, *_integers("type"), *_pointers("importance"), ("fields", Fields), *_pointers("odd"))
 Blocks = _job("Blocks", *_integers("type"), ("fields", Fields), *_pointers("blocks"))
@@ -234,6 +238,33 @@ def unpack(packed: Tensor, bits: int, columns: int, start: int = 0) -> Any:
     return codes
 
 
+# --- places -----------------------------------------------------------------------------------------------------------------
+
+
+def turned(words: Tensor) -> Any:
+    if (
+        words.dim() != 2
+        or words.element_size() != 4
+        or words.numel() < FEW
+        or words.stride(0) != 1
+        or not _plain(words)
+    ):
+        return NotImplemented
+    made = torch.empty(words.shape, dtype=words.dtype)
+    columns, rows = words.shape  # of what is stored
+    job = Turn(words.data_ptr(), made.data_ptr(), rows, words.stride(1))
+    _run(TURN, job, columns, words.numel(), grain=64)
+    return made
+
+
+def halves_swapped(stored: Tensor) -> Any:
+    if stored.dtype != torch.uint8 or stored.numel() < FEW or not stored.is_contiguous() or not _plain(stored):
+        return NotImplemented
+    made = torch.empty_like(stored)
+    _run(SWAP_HALVES, SwapHalves(stored.data_ptr(), made.data_ptr()), stored.numel(), stored.numel(), grain=1 << 12)
+    return made
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------------------
 
 # enum anybit_block_type: position in this table. Bytes of a block, its numbers, then bytes of its fields
@@ -321,7 +352,7 @@ def fields_of_blocks(kind: str, blocks: Tensor) -> Any:
 ENCODERS: dict[str, Callable[..., Any]] = {
     twin.__name__: twin
     for twin in (
-        row_ranges, row_largest, integer_codes, small_float_codes, table_blocks, pack, unpack, block_fields, blocks_of,
-        fields_of_blocks,
+        row_ranges, row_largest, integer_codes, small_float_codes, table_blocks, pack, unpack, turned, halves_swapped,
+        block_fields, blocks_of, fields_of_blocks,
     )
 }  # fmt: skip

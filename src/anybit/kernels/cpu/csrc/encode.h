@@ -18,7 +18,9 @@ enum anybit_encoder {
   ANYBIT_SEARCH = 6,
   ANYBIT_INTO_BLOCKS = 7,
   ANYBIT_FROM_BLOCKS = 8,
-  ANYBIT_ENCODERS = 9,
+  ANYBIT_TURN = 9,
+  ANYBIT_SWAP_HALVES = 10,
+  ANYBIT_ENCODERS = 11,
 };
 
 // A matrix of floats whose rows are `stride` elements apart; each number is rounded to the kinds of `casts` first (-1: none).
@@ -75,6 +77,19 @@ struct anybit_packing {
   const uint8_t* from;
   uint8_t* to;
   int64_t columns, from_stride, to_stride, bits, start;
+};
+
+// Columns: words [rows, columns], rows `from_stride` apart -> [columns, rows].
+struct anybit_turn {
+  const uint32_t* from;
+  uint32_t* to;
+  int64_t rows, from_stride;
+};
+
+// Bytes: the low four bits become the high ones and the other way round.
+struct anybit_swap_halves {
+  const uint8_t* from;
+  uint8_t* to;
 };
 
 // A block type of GGUF. Fields as in _gguf_blocks.py.
