@@ -23,6 +23,7 @@ from anybit.engine.write import side_files
 from anybit.errors import InvalidOption, did_you_mean
 from anybit.kernels import Kernel
 from anybit.modules import PackedWeight
+from anybit.modules.dense import quicken
 from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.bundle import Bundle
 from anybit.quantizers.checkpoint_config import read_json
@@ -272,6 +273,7 @@ def _finish(model: Any, plan: Plan, placement: devices.Placement) -> None:
                     model, key, torch.empty(buffer.shape, dtype=buffer.dtype), "cpu" if target == "disk" else target
                 )
     model.initialize_weights()
+    quicken(model)
 
 
 def _mark(model: Any, prepared: Prepared) -> None:

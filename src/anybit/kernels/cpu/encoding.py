@@ -16,9 +16,8 @@ from torch import Tensor
 
 from anybit.kernels.cpu import native
 
-RANGES, INTEGERS, SMALL_FLOATS, TABLE_BLOCKS, PACK, UNPACK, SEARCH, INTO_BLOCKS, FROM_BLOCKS, TURN, SWAP_HALVES = range(
-    11
-)
+(RANGES, INTEGERS, SMALL_FLOATS, TABLE_BLOCKS, PACK, UNPACK, SEARCH, INTO_BLOCKS, FROM_BLOCKS, TURN, SWAP_HALVES,
+ DENSE) = range(12)  # fmt: skip
 TILE = 2048  # numbers that an encoder works on at once
 SMALL = 1 << 15  # numbers that one thread encodes sooner than a second wakes up
 FEW = 1 << 12  # codes that torch packs as soon as a call across the border
@@ -63,6 +62,7 @@ TableBlocks = _job("TableBlocks", _SOURCE, *_integers("size"), *_pointers("middl
 Packing = _job("Packing", *_pointers("codes", "to"), *_integers("columns", "from_stride", "to_stride", "bits", "start"))
 Turn = _job("Turn", *_pointers("from", "to"), *_integers("rows", "from_stride"))
 SwapHalves = _job("SwapHalves", *_pointers("from", "to"))
+Dense = _job("Dense", *_pointers("weight", "x", "bias", "y"), *_integers("kind", "rows", "columns", "n"))
 Fields = _job("Fields", *_pointers(*_FIELDS))
 Search = _job("Search", _SOURCE, *_integers("type"), *_pointers("importance"), ("fields", Fields), *_pointers("odd"))
 Blocks = _job("Blocks", *_integers("type"), ("fields", Fields), *_pointers("blocks"))
@@ -265,6 +265,22 @@ def halves_swapped(stored: Tensor) -> Any:
     return made
 
 
+def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """x [..., in] @ weight.T + bias in their common dtype."""
+    if not weight.is_contiguous() or not _plain(x, weight) or weight.dtype not in native.KINDS:
+        return NotImplemented
+    rows, columns = weight.shape
+    inputs = x.to(torch.float32).contiguous()
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    n = inputs.numel() // columns
+    bias_place = None if bias is None else bias.data_ptr()
+    job = Dense(
+        weight.data_ptr(), inputs.data_ptr(), bias_place, y.data_ptr(), native.KINDS[weight.dtype], rows, columns, n
+    )
+    _run(DENSE, job, rows, weight.numel(), grain=16)
+    return y
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------------------
 
 # enum anybit_block_type: position in this table. Bytes of a block, its numbers, then bytes of its fields
@@ -353,6 +369,6 @@ ENCODERS: dict[str, Callable[..., Any]] = {
     twin.__name__: twin
     for twin in (
         row_ranges, row_largest, integer_codes, small_float_codes, table_blocks, pack, unpack, turned, halves_swapped,
-        block_fields, blocks_of, fields_of_blocks,
+        dense_product, block_fields, blocks_of, fields_of_blocks,
     )
 }  # fmt: skip

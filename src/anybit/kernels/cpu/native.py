@@ -23,7 +23,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
 # 4096 x 4096: 26 for int4, 28 for NF4, 18 for int8, 5 where each weight is rounded by itself; codebooks 8 to 12, pairs 24.
 MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS = 28, 6, 9, 20
-ABI = 7  # anybit_abi() of the sources beside this file
+ABI = 8  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
 

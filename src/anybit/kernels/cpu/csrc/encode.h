@@ -1,4 +1,4 @@
-// The C ABI of the encoders: jobs that turn rows of floats into codes. Plain data, no C++ types.
+// The C ABI of the encoders, jobs that turn rows of floats into codes, and of other jobs over rows. Plain data, no C++ types.
 //
 // `anybit_encode(what, job, count, grain, threads)` shares 0 .. count among threads: rows, blocks or bytes, see each job.
 // Every encoder gives the bits of the torch code beside its Python caller; what that code is needed for (numbers that are not
@@ -20,7 +20,8 @@ enum anybit_encoder {
   ANYBIT_FROM_BLOCKS = 8,
   ANYBIT_TURN = 9,
   ANYBIT_SWAP_HALVES = 10,
-  ANYBIT_ENCODERS = 11,
+  ANYBIT_DENSE = 11,
+  ANYBIT_ENCODERS = 12,
 };
 
 // A matrix of floats whose rows are `stride` elements apart; each number is rounded to the kinds of `casts` first (-1: none).
@@ -90,6 +91,15 @@ struct anybit_turn {
 struct anybit_swap_halves {
   const uint8_t* from;
   uint8_t* to;
+};
+
+// Rows of a matrix of numbers of `kind`: y [n, rows] = x [n, columns] @ W.T + bias, summed in float32. bias and y have its kind.
+struct anybit_dense {
+  const void* weight;
+  const float* x;
+  const void* bias;
+  void* y;
+  int64_t kind, rows, columns, n;
 };
 
 // A block type of GGUF. Fields as in _gguf_blocks.py.
