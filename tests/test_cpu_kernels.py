@@ -418,6 +418,59 @@ def test_fast_does_not_hide_what_is_no_number(level: str, fast: Any, value: floa
     assert not fast.linear(x, spec, tensors, None).isfinite().any()
 
 
+# --- inputs as whole numbers -----------------------------------------------------------------------------------------------------
+
+
+WHOLE = {
+    **{f"{bits} bits, {kind}": nodes.Grid(codes(11, 320, bits=bits, signed=kind == "signed"), block=(1, 320)) for bits in range(1, 8) for kind in ("signed", "unsigned")},
+    "e2m1": nodes.Grid(codes(11, 320, bits=4), nodes.Values(torch.full((11, 10), 2.0)), levels="e2m1", block=(1, 32)),
+    "iq4_nl": nodes.Grid(codes(11, 320, bits=4), nodes.Values(torch.ones(11, 10)), levels="iq4_nl", block=(1, 32)),
+}  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_are_multiplied_exactly(level: str, name: str) -> None:
+    """Every sum is below 2**24, so that nothing may be rounded, whatever the order."""
+    weight, kernel = Weight(WHOLE[name]), get("cpu")
+    spec, tensors = kernel.prepare(weight)
+    for batch in (1, 2, 3, 4):
+        x = torch.randint(-300, 300, (batch, 320), generator=generator(batch)).float()
+        wanted = x.double() @ weight.to_dense(torch.float32).double().T
+        assert torch.equal(kernel.linear(x, spec, tensors, None).double(), wanted), batch
+
+
+@needs_library
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_small_inputs_beside_large_ones(level: str, bits: int) -> None:
+    """An input is off by at most 1.01 * 2**-23 of the largest of its 32 neighbours, which meets a weight of zero here."""
+    columns, rows = 1024, 8
+    own = torch.randint(0, 1 << bits, (rows, columns), generator=generator(bits))
+    own[:, ::32] = 0
+    tree = nodes.Grid(nodes.Codes.of(own, bits, signed=True), block=(1, columns))
+    x = torch.randn(1, columns, generator=generator(1)) * 2.0**-17
+    x[:, ::32] = torch.linspace(0.5, 1.999, columns // 32)
+    dense, kernel = Weight(tree).to_dense(torch.float32).double(), get("cpu")
+    wanted = x.double() @ dense.T
+    ours = kernel.linear(x, *kernel.prepare(Weight(tree)), None).double()
+    largest = x.abs().unflatten(1, (-1, 32)).amax(-1).repeat_interleave(32, -1).double()
+    allowed = 1.01 * 2.0**-23 * (largest @ dense.abs().T) + 2.0**-22 * (x.abs().double() @ dense.abs().T)
+    assert bool(((ours - wanted).abs() <= allowed).all())
+
+
+@needs_library
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_exact_does_not_hide_what_is_no_number(level: str, value: float) -> None:
+    kernel = get("cpu")
+    for bits in (2, 4, 6):
+        spec, tensors = kernel.prepare(Weight(plain(4, 128, bits)))
+        x = torch.ones(1, 128)
+        x[0, 40] = value
+        assert not kernel.linear(x, spec, tensors, None).isfinite().any()
+    tiny = torch.full((1, 128), 1e-42)  # below what a step can be: off by half of the smallest normal number
+    assert kernel.linear(tiny, spec, tensors, None).abs().max() < 1e-36
+
+
 @needs_library
 def test_nan_codes_stay_nan(level: str) -> None:
     tree = nodes.Grid(nodes.Codes.of(torch.tensor([[0x7F, 0x30], [0x31, 0x32]]), 8), levels="e4m3")

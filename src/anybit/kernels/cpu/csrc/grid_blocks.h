@@ -24,7 +24,6 @@ static void decode(const anybit_shape* s, const anybit_tensors* t, int64_t row, 
   }
 }
 
-static constexpr int64_t TALL = 2 * LANES, DEPTH = BLOCK;  // rows and columns packed at a time
 static constexpr int64_t NATURAL = DEPTH + LANES;
 static constexpr int MANY = LANES == 16 ? 12 : VECTORS ? 6 : 4;
 
@@ -190,8 +189,12 @@ static void take_block_input(const anybit_shape* s, const anybit_tensors* t, con
   const TileRows own = tile_rows(p->n, tile_of(p->n, n));
   float* to = words + own.start * panel_words(s, p) + n - own.start;
   const auto column_at = [&](int64_t j) { return t->permutation ? (int64_t)t->permutation[j] : j; };
+  const bool plain = !t->permutation && p->x_column == 1;
   if (!in_halves(p)) {
-    for (int64_t j = 0; j < s->columns; j++, to += own.count) {
+    int64_t j = 0;
+    if (plain && p->x_kind == ANYBIT_F32)
+      for (const float* x = (const float*)p->x + n * p->x_row; j < s->columns; j++, to += own.count) *to = x[j];
+    for (; j < s->columns; j++, to += own.count) {
       const int64_t from = column_at(j);
       *to = from < 0 ? 0.0f : read_float(p->x, p->x_kind, n * p->x_row + from * p->x_column);
     }
@@ -202,7 +205,10 @@ static void take_block_input(const anybit_shape* s, const anybit_tensors* t, con
     const int64_t from = j < s->columns ? column_at(j) : -1;
     return from < 0 ? 0 : x[from * p->x_column];
   };
-  for (int64_t j = 0; j < s->columns; j += 2, to += own.count) *to = float_of_bits(half_at(j) | half_at(j + 1) << 16);
+  int64_t j = 0;
+  if (plain)
+    for (; j + 2 <= s->columns; j += 2, to += own.count) memcpy(to, x + j, 4);
+  for (; j < s->columns; j += 2, to += own.count) *to = float_of_bits(half_at(j) | half_at(j + 1) << 16);
 }
 
 static void multiply_many(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,

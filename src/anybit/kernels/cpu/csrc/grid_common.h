@@ -60,6 +60,7 @@ static inline float centre(const anybit_shape* s) {
 // --- parameters of a block ---------------------------------------------------------------------------------------------------
 
 static constexpr int64_t BLOCK = 1024;  // columns made at a time, small enough to stay in the first cache level
+static constexpr int64_t TALL = 2 * LANES, DEPTH = BLOCK;  // rows and columns of the weight packed at a time (grid_blocks.h)
 
 template <int ROUND> static inline F rounded(F a) {
   if constexpr (ROUND == ANYBIT_BF16) return f_round_bf16(a);
@@ -143,11 +144,6 @@ static void weigh_block(const anybit_shape* s, const anybit_tensors* t, int64_t 
 
 // --- parameters of a run, for products --------------------------------------------------------------------------------------
 
-// What R rows of a run of groups are multiplied with: scales of the levels, and `shift` of the sums of x.
-template <int R> struct Runs {
-  alignas(64) float scale[R][RUN + 4 * LANES], shift[R][RUN + 4 * LANES];
-};
-
 // A policy's levels are `lift` above the centred ones, in steps of `unit`.
 struct Unit { float lift, unit; };
 
@@ -155,40 +151,81 @@ static inline bool needs_sums(const anybit_shape* s, Unit own) {
   return s->zero.kind != ANYBIT_ABSENT || s->offset.kind != ANYBIT_ABSENT || centre(s) != own.lift * own.unit;
 }
 
+// What R rows of a run of groups are multiplied with: scales of the levels, and `shift` of the sums of x; rows `pitch` apart.
+template <int R> struct Lines {
+  static constexpr int64_t ROW = RUN + 4 * LANES;
+  int64_t pitch;
+  alignas(64) float scale[R * ROW], shift[R * ROW];
+};
+
+// Whether the numbers of rows lie one behind the other, whole vectors of them, so that they can be read as one row.
+static inline bool adjoins(const anybit_parameter* p, int64_t count) {
+  return p->kind == ANYBIT_ABSENT || (p->down == 1 && p->width == count && p->row_stride == count && count % LANES == 0);
+}
+
 template <int R>
-static NOINLINE void read_runs(const anybit_shape* s, const anybit_tensors* t, Unit own, int64_t row, int64_t first,
-                               int64_t count, Runs<R>* runs) {
+static NOINLINE void read_lines(const anybit_shape* s, const anybit_tensors* t, Unit own, int64_t row, int64_t first,
+                                int64_t count, Lines<R>* lines) {
+  static_assert(R * RUN <= TOGETHER, "rows read together");
+  constexpr int64_t ROW = Lines<R>::ROW;
   const F middle = f_set(centre(s) - own.lift * own.unit), one = f_set(1.0f), unit = f_set(own.unit);
-  const bool sums = needs_sums(s, own);
-  float some[RUN + 4 * LANES];
-  for (int r = 0; r < R; r++) {
-    const RowParameters q = row_parameters(s, t, row + r);
-    float *scale = runs->scale[r], *shift = runs->shift[r];
-    if (s->scale.kind != ANYBIT_ABSENT) run_of(q.scale, first, count, scale);
+  const bool has_scale = s->scale.kind != ANYBIT_ABSENT, has_zero = s->zero.kind != ANYBIT_ABSENT;
+  const bool has_offset = s->offset.kind != ANYBIT_ABSENT, sums = needs_sums(s, own);
+  const bool together = R > 1 && adjoins(&s->scale, count) && adjoins(&s->zero, count) && adjoins(&s->offset, count);
+  const int64_t lengths = together ? 1 : R, length = together ? R * count : count;
+  alignas(64) float zeros[R * ROW], offsets[R * ROW];
+  lines->pitch = together ? count : ROW;
+  for (int64_t i = 0; i < lengths; i++) {
+    const RowParameters q = row_parameters(s, t, row + i);
+    float *scale = lines->scale + i * ROW, *shift = lines->shift + i * ROW, *zero = zeros + i * ROW, *offset = offsets + i * ROW;
+    if (has_scale) run_of(q.scale, first, length, scale);
     else
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, one);
+      for (int64_t j = 0; j < length + LANES; j += LANES) f_store(scale + j, one);
     if (s->scale.inverted)
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, f_div(one, f_load(scale + i)));
+      for (int64_t j = 0; j < length + LANES; j += LANES) f_store(scale + j, f_div(one, f_load(scale + j)));
     if (sums) {
-      if (s->zero.kind != ANYBIT_ABSENT) {
-        run_of(q.zero, first, count, some);
-        for (int64_t i = 0; i < count; i += LANES)
-          f_store(shift + i, f_mul(f_sub(middle, f_load(some + i)), f_load(scale + i)));
-      } else {
-        for (int64_t i = 0; i < count; i += LANES) f_store(shift + i, f_mul(middle, f_load(scale + i)));
+      if (has_zero) run_of(q.zero, first, length, zero);
+      if (has_offset) run_of(q.offset, first, length, offset);
+      for (int64_t j = 0; j < length; j += LANES) {
+        const F found = f_mul(has_zero ? f_sub(middle, f_load(zero + j)) : middle, f_load(scale + j));
+        f_store(shift + j, has_offset ? f_add(found, f_load(offset + j)) : found);
       }
-      if (s->offset.kind != ANYBIT_ABSENT) {
-        run_of(q.offset, first, count, some);
-        for (int64_t i = 0; i < count; i += LANES) f_store(shift + i, f_add(f_load(shift + i), f_load(some + i)));
-      }
-      f_store(shift + count, f_zero());
+      f_store(shift + length, f_zero());
     }
     if (own.unit != 1.0f)
-      for (int64_t i = 0; i < count + LANES; i += LANES) f_store(scale + i, f_mul(f_load(scale + i), unit));
+      for (int64_t j = 0; j < length + LANES; j += LANES) f_store(scale + j, f_mul(f_load(scale + j), unit));
   }
 }
 
 // total += shift * sum of x, for groups first .. count of a run. Shifts are zero beyond its end.
+template <int R, int B>
+static ALWAYS_INLINE void add_sums(const Lines<R>& lines, int64_t first, int64_t count, const float* sum, int64_t stride,
+                                   F (*total)[B]) {
+  for (int64_t i = first; i < count; i += LANES) {
+    UNROLLED for (int r = 0; r < R; r++) {
+      const F shift = f_load(lines.shift + r * lines.pitch + i);
+      UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(shift, f_load(sum + b * stride + i), total[r][b]);
+    }
+  }
+}
+
+// The same with a pitch that is known, for codebooks.
+template <int R> struct Runs {
+  alignas(64) float scale[R][RUN + 4 * LANES], shift[R][RUN + 4 * LANES];
+};
+
+template <int R>
+static void read_runs(const anybit_shape* s, const anybit_tensors* t, Unit own, int64_t row, int64_t first, int64_t count,
+                      Runs<R>* runs) {
+  Lines<1> line;
+  const size_t bytes = (size_t)(count + LANES) * sizeof(float);
+  for (int r = 0; r < R; r++) {
+    read_lines<1>(s, t, own, row + r, first, count, &line);
+    memcpy(runs->scale[r], line.scale, bytes);
+    if (needs_sums(s, own)) memcpy(runs->shift[r], line.shift, bytes);
+  }
+}
+
 template <int R, int B>
 static ALWAYS_INLINE void add_sums(const Runs<R>& runs, int64_t first, int64_t count, const float* sum, int64_t stride,
                                    F (*total)[B]) {

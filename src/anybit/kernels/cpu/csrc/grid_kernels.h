@@ -20,25 +20,33 @@
 #ifndef ANYBIT_GRID_KERNELS_H
 #define ANYBIT_GRID_KERNELS_H
 
-#include "grid_levels.h"
+#include "grid_limbs.h"
+#include "grid_turned.h"
 
 namespace {
 
-// How a product is done.
-enum Way { EXACTLY, SUMS, FLOATS, PAIRS, WIDE_PAIRS, BYTES, TABLES };
+// Rows of x from which unpacking codes to floats once for several rows is less work than three products of bytes for each.
+static constexpr int64_t FEW = 4;
 
-static inline Way way_of(const anybit_shape* s, const anybit_product* p) {
+// How a product is done.
+enum Way { EXACTLY, SUMS, FLOATS, PAIRS, WIDE_PAIRS, LIMBS, BYTES, TABLES, SPLIT_TABLES };
+
+static inline Way way_of(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
 #ifdef ANYBIT_DOTS
-  const bool tables = s->compute == ANYBIT_BF16 && p->x_kind == ANYBIT_BF16 && s->bits == 4 && !s->scale.inverted;
-  if (tables && wide_group(s, 64)) return TABLES;
+  const bool tables = s->compute == ANYBIT_BF16 && s->bits == 4 && !s->scale.inverted && wide_group(s, 64);
+  if (tables && p->x_kind == ANYBIT_BF16) return TABLES;
+  if (tables && p->x_kind == ANYBIT_F32) return SPLIT_TABLES;
 #endif
   if (s->compute != ANYBIT_F32) return EXACTLY;
   const bool integers = s->levels == ANYBIT_UNSIGNED || s->levels == ANYBIT_SIGNED;
-  if (p->fast && (integers || (s->levels == ANYBIT_TABLE && s->bits == 4))) return BYTES;
+  const bool table = s->levels == ANYBIT_TABLE && s->bits == 4;
+  if (p->fast && (integers || table) && limbs_fit(s)) return BYTES;
+  const bool few = VECTORS && (p->n < FEW || s->bits > 4) && limbs_fit(s);
 #ifdef ANYBIT_DOTS
-  if (p->x_kind == ANYBIT_BF16 && s->bits <= 4) return PAIRS;
-  if (p->x_kind == ANYBIT_BF16 && s->bits < 8 && integers) return WIDE_PAIRS;
+  if (p->x_kind == ANYBIT_BF16 && s->bits <= 4 && !(few && integers && s->bits <= 2)) return PAIRS;
+  if (p->x_kind == ANYBIT_BF16 && s->bits < 8 && s->bits > 4 && integers) return WIDE_PAIRS;
 #endif
+  if (few && ((integers && s->bits < 8) || (table && step_of_table(t->table) > 0))) return LIMBS;
   if (s->bits <= 4) return FLOATS;
   // natural order: each group a whole number of vectors
   return s->levels != ANYBIT_TABLE && wide_group(s, LANES) ? SUMS : EXACTLY;
@@ -53,6 +61,12 @@ struct Product {
   const Input* in;
   Levels levels;
 };
+
+}  // namespace
+
+#include "grid_tables.h"
+
+namespace {
 
 // The weights of one row, made a block at a time, and B rows of x.
 template <int B> static void product_exact(const Product& q, int64_t row, int64_t n) {
@@ -88,12 +102,12 @@ template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Pro
   // rows whose vectors may read 16 bytes anywhere: all but those at the end of the tensor
   const bool safe = LANES * BITS / 8 == 16 || codes + R * row_bytes + 16 <= end;
   uint8_t spare[16];
-  Runs<R> runs;
+  Lines<R> lines;
   const int64_t groups = ceil_div(s->columns, s->group);
   for (int64_t base = 0; base < groups; base += RUN) {
     const int64_t count = least(RUN, groups - base);
-    read_runs<R>(s, q.t, own_unit, row, base, count, &runs);
-    if (sums) add_sums<R, B>(runs, 0, count, sum + base, sum_stride, total);
+    read_lines<R>(s, q.t, own_unit, row, base, count, &lines);
+    if (sums) add_sums<R, B>(lines, 0, count, sum + base, sum_stride, total);
     for (int64_t g = 0; g < count; g++) {
       const int64_t start = (base + g) * s->group, stop = least(start + s->group, s->columns);
       F acc[R][B];
@@ -120,7 +134,7 @@ template <int SOURCE, int UNIT, int R, int B> static void product_sums(const Pro
         }
       }
       UNROLLED for (int r = 0; r < R; r++) {
-        const F scale = f_set(runs.scale[r][g]);
+        const F scale = f_set(lines.scale[r * lines.pitch + g]);
         UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
       }
     }
@@ -151,7 +165,7 @@ template <int WIDTH> struct ByFloats {
   }
   template <int R, int B>
   static ALWAYS_INLINE void steps(const Table& lut, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
-                                  const char*, F (*acc)[B]) {
+                                  F (*acc)[B]) {
     I raw[R];
     UNROLLED for (int r = 0; r < R; r++) raw[r] = chunk_load<BITS>(p + r * pitch);
     step<0, R, B>(lut, raw, x, stride, acc);
@@ -192,7 +206,7 @@ template <int WIDTH> struct ByPairs {
   }
   template <int R, int B>
   static ALWAYS_INLINE void steps(const Table& table, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
-                                  const char*, F (*acc)[B]) {
+                                  F (*acc)[B]) {
     I raw[R];
     UNROLLED for (int r = 0; r < R; r++) {
       raw[r] = chunk_load<BITS>(p + r * pitch);
@@ -205,53 +219,6 @@ template <int WIDTH> struct ByPairs {
     step<3, R, B>(table, raw, x, stride, acc);
   }
 };
-
-// Four bits in the format's own bfloat16 arithmetic (MLX): a group has sixteen weights, which bfloat16 holds; they are worked
-// out once and looked up. x as for ByPairs, whose chunk is two halves of 64 columns here.
-template <int R, int B> static void product_tables(const Product& q, int64_t row, int64_t n) {
-  const anybit_shape* s = q.s;
-  const bool one_group = s->group >= s->columns;
-  const F middle = f_set(centre(s)), numbers = f_load(q.levels.numbers);
-  const char* x = (const char*)(q.in->values + n * q.in->value_stride);
-  const int64_t stride = q.in->value_stride * sizeof(float);
-  const uint8_t* codes = q.t->codes + row * s->row_bytes;
-  __m256 acc[R][B][2];
-  UNROLLED for (int r = 0; r < R; r++)
-    UNROLLED for (int b = 0; b < B; b++) acc[r][b][0] = acc[r][b][1] = _mm256_setzero_ps();
-  BlockParameters own[R];
-  __m256i table[R];
-  UNROLLED for (int r = 0; r < R; r++) table[r] = _mm256_setzero_si256();
-  for (int64_t start = 0; start < s->columns; start += BLOCK) {
-    const int64_t stop = least(start + BLOCK, s->columns);
-    for (int r = 0; r < R; r++) read_block<ANYBIT_BF16>(s, q.t, row + r, start, stop, &own[r]);
-    int64_t group = -1;
-    for (int64_t column = start; column < stop; column += 64) {
-      const int64_t g = one_group ? 0 : column / s->group - own[0].first, left = s->row_bytes - column / 2;
-      const uint8_t* p = codes + column / 2;
-      const char* halves = x + column / CHUNK * (2 * CHUNK) + column / 64 % 2 * 32;
-      UNROLLED for (int r = 0; r < R; r++) {
-        if (g != group) {
-          const F weights = weigh<ANYBIT_BF16>(own[r], numbers, middle, f_set(own[r].zero[g]), f_set(own[r].scale[g]),
-                                               f_set(own[r].offset[g]));
-          table[r] = (__m256i)_mm512_cvtneps_pbh(weights);
-        }
-        prefetch(p + (r + R) * s->row_bytes);
-        const __m256i raw = left >= 32 ? _mm256_loadu_si256((const __m256i*)(p + r * s->row_bytes))
-                                       : _mm256_maskz_loadu_epi8((1u << left) - 1, p + r * s->row_bytes);
-        UNROLLED for (int k = 0; k < 4; k++) {
-          const __m256i level = _mm256_permutexvar_epi16(_mm256_srli_epi16(raw, 4 * k), table[r]);
-          UNROLLED for (int b = 0; b < B; b++)
-            acc[r][b][k % 2] = _mm256_dpbf16_ps(acc[r][b][k % 2], (__m256bh)level,
-                                                (__m256bh)_mm256_loadu_si256((const __m256i*)(halves + b * stride + 64 * k)));
-        }
-      }
-      group = g;
-    }
-  }
-  UNROLLED for (int r = 0; r < R; r++)
-    UNROLLED for (int b = 0; b < B; b++)
-      put(q.p, n + b, row + r, f_sum(_mm512_insertf32x8(_mm512_castps256_ps512(acc[r][b][0]), acc[r][b][1], 1)));
-}
 
 // 5 to 7 bits: below the seven bits of 128 + code, which bfloat16 holds exactly, lies the code itself.
 //
@@ -266,7 +233,7 @@ template <int WIDTH> struct ByWidePairs {
 
   template <int R, int B>
   static ALWAYS_INLINE void steps(const Table& table, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
-                                  const char*, F (*acc)[B]) {
+                                  F (*acc)[B]) {
     const I mask = i_set(0x00010001u * ((1u << BITS) - 1));
     I raw[R], own[B];
     UNROLLED for (int b = 0; b < B; b++) own[b] = _mm512_loadu_si512(x + b * stride);
@@ -283,50 +250,6 @@ template <int WIDTH> struct ByWidePairs {
   }
 };
 #endif
-
-// x rounded to bytes, BYTE_BLOCK columns sharing a scale; codes as unsigned bytes, four products a lane.
-//
-//   up to 4 bits   the even columns of a chunk, then the odd ones
-//   values         floats [padded], what is left of x (for the sums); bytes [padded]; scales, a float for every lane of a chunk
-static constexpr int64_t BYTE_BLOCK = 32;
-
-template <int WIDTH, bool TABLE> struct ByBytes {
-  static constexpr int BITS = WIDTH;
-  static constexpr int64_t PER_LANE = BITS <= 4 ? 8 : 4, CHUNK_BYTES = PER_LANE * LANES;
-  struct Table {
-    decltype(b_table(nullptr)) numbers;
-    uint32_t flip;
-  };
-  static Table table(const Levels& levels) {
-    return {b_table(levels.bytes), levels.is_signed ? 0x01010101u << (BITS - 1) : 0};
-  }
-  static Unit unit(const anybit_shape*, const Levels& levels) {
-    if (TABLE) return {levels.lift, levels.unit};
-    return {(float)(1 << (BITS - 1)), 1.0f};
-  }
-  static const char* x(const anybit_shape* s, const float* values) { return (const char*)(values + padded_columns(s)); }
-
-  static ALWAYS_INLINE I dot(const Table& table, I acc, I codes, I x) {
-    codes = i_and(codes, i_set(0x01010101u * ((1u << BITS) - 1)));
-    if (TABLE) return i_dot8(acc, b_take(table.numbers, codes), x);
-    codes = i_xor(codes, table.flip);
-    return BITS == 8 ? i_dot8(acc, codes, x) : i_dot7(acc, codes, x);
-  }
-
-  template <int R, int B>
-  static ALWAYS_INLINE void steps(const Table& table, const uint8_t* p, int64_t pitch, const char* x, int64_t stride,
-                                  const char* scales, F (*acc)[B]) {
-    UNROLLED for (int r = 0; r < R; r++) {
-      const I raw = quads_load<PER_LANE == 8 ? 2 * BITS : BITS>(p + r * pitch);
-      UNROLLED for (int b = 0; b < B; b++) {
-        const char* own = x + b * stride;
-        I sum = dot(table, i_zero(), raw, i_load((const uint32_t*)own));
-        if constexpr (PER_LANE == 8) sum = dot(table, sum, i_right<BITS>(raw), i_load((const uint32_t*)(own + 4 * LANES)));
-        acc[r][b] = f_fma(f_of_integers(sum), f_load((const float*)(scales + b * stride)), acc[r][b]);
-      }
-    }
-  }
-};
 
 // R rows of the weight, B rows of x. Wide: a group is a whole number of chunks; else each lane has parameters of its own.
 template <class BY, int R, int B> static void product_lanes(const Product& q, int64_t row, int64_t n) {
@@ -346,30 +269,48 @@ template <class BY, int R, int B> static void product_lanes(const Product& q, in
   const int64_t chunks = ceil_div(s->columns, OWN), groups = ceil_div(s->columns, s->group);
   const int64_t last_bytes = row_bytes - (chunks - 1) * BYTES_OF_CHUNK;
   const int64_t per_group = wide ? least(ceil_div(s->group, OWN), chunks) : 1;
-  // a run holds the parameters of RUN groups: that many groups of chunks, or chunks of at most LANES groups
-  const int64_t per_run = wide ? RUN * per_group : RUN / LANES;
   const bool regular = !wide && OWN % s->group == 0;
+  const int64_t step = wide ? 1 : regular ? OWN / s->group : 0;
+  // a run holds the parameters of RUN groups: that many groups of chunks, or chunks of at most LANES groups
+  const int64_t per_run = wide ? RUN * per_group : RUN / (regular ? step : LANES);
   uint32_t distance[LANES] = {0};
   for (int i = 0; i < LANES && regular; i++) distance[i] = (uint32_t)(BY::PER_LANE * i / s->group);
   I index = i_load(distance);
   const bool few = regular && 4 * s->group >= OWN;
-  const int64_t step = wide ? 1 : regular ? OWN / s->group : 0;
   const int64_t whole = last_bytes >= BYTES_OF_CHUNK ? chunks : chunks - 1;  // chunks that are all there
   const uint8_t* p = codes;
   const char* own = x;
-  const char* scales = x + padded_columns(s);  // of bytes, a float for each lane
   int64_t summed = 0;
-  Runs<R> runs;
+  Lines<R> lines;
+  const auto one_chunk = [&](const auto& scale_at, int64_t g) INLINE_LAMBDA {
+    UNROLLED for (int r = 0; r < R; r++) prefetch(p + (r + R) * row_bytes);
+    UNROLLED for (int r = 0; r < R; r++)
+      UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_zero();
+    BY::template steps<R, B>(table, p, row_bytes, own, stride, acc);
+    UNROLLED for (int r = 0; r < R; r++) {
+      const F scale = scale_at(lines.scale + r * lines.pitch + g);
+      UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
+    }
+    p += BYTES_OF_CHUNK, own += BY::CHUNK_BYTES;
+  };
   for (int64_t begin = 0; begin < chunks; begin += per_run) {
     const int64_t base = wide ? begin / per_group : begin * OWN / s->group;
     const int64_t wanted = wide ? RUN : (least(begin + per_run, chunks) * OWN - 1) / s->group + 1 - base;
     const int64_t count = least(wanted, groups - base);
-    read_runs<R>(s, q.t, unit, row, base, count, &runs);
-    if (sums) add_sums<R, B>(runs, summed - base, count, sum + base, sum_stride, total);
+    read_lines<R>(s, q.t, unit, row, base, count, &lines);
+    if (sums) add_sums<R, B>(lines, summed - base, count, sum + base, sum_stride, total);
     summed = base + count;  // the first group of a run may be the last of the one before
     const int64_t finish = least(begin + per_run, chunks);
-    int64_t g = 0;
-    for (int64_t chunk = begin; chunk < finish; g += step) {
+    int64_t g = 0, chunk = begin;
+    // mostly a chunk is a group, or a few of them
+    if (wide && per_group == 1) {
+      for (const int64_t last = least(finish, whole); chunk < last; chunk++, g++)
+        one_chunk([&](const float* scale) INLINE_LAMBDA { return f_set(*scale); }, g);
+    } else if (few) {
+      for (const int64_t last = least(finish, whole); chunk < last; chunk++, g += step)
+        one_chunk([&](const float* scale) INLINE_LAMBDA { return f_permute(f_load_four(scale), index); }, g);
+    }
+    for (; chunk < finish; g += step) {
       UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int b = 0; b < B; b++) acc[r][b] = f_zero();
       if (!wide && !regular) {
@@ -382,18 +323,18 @@ template <class BY, int R, int B> static void product_lanes(const Product& q, in
       const int64_t stop = least(chunk + per_group, chunks), direct = least(stop, whole);
       for (; chunk < direct; chunk++) {
         UNROLLED for (int r = 0; r < R; r++) prefetch(p + (r + R) * row_bytes);
-        BY::template steps<R, B>(table, p, row_bytes, own, stride, scales, acc);
-        p += BYTES_OF_CHUNK, own += BY::CHUNK_BYTES, scales += LANES * sizeof(float);
+        BY::template steps<R, B>(table, p, row_bytes, own, stride, acc);
+        p += BYTES_OF_CHUNK, own += BY::CHUNK_BYTES;
       }
       if (chunk < stop) {
         alignas(64) uint8_t spare[R][BYTES_OF_CHUNK];
         memset(spare, 0, sizeof spare);
         for (int r = 0; r < R; r++) memcpy(spare[r], p + r * row_bytes, (size_t)last_bytes);
-        BY::template steps<R, B>(table, spare[0], BYTES_OF_CHUNK, own, stride, scales, acc);
+        BY::template steps<R, B>(table, spare[0], BYTES_OF_CHUNK, own, stride, acc);
         chunk++;
       }
       UNROLLED for (int r = 0; r < R; r++) {
-        const float* some = runs.scale[r] + g;
+        const float* some = lines.scale + r * lines.pitch + g;
         const F scale = wide ? f_set(*some) : f_permute(few ? f_load_four(some) : f_load(some), index);
         UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(acc[r][b], scale, total[r][b]);
       }
@@ -408,11 +349,13 @@ template <class BY, int R, int B> static void product_lanes(const Product& q, in
 typedef void (*Tile)(const Product&, int64_t row, int64_t n);
 
 // Rows of the weight beside rows of x: as many as the registers hold.
-struct Tiles { Tile four_one, one_one, two_four, one_four; };
+struct Tiles { Tile four_one, one_one, two_four, one_four, two_two = nullptr, two_three = nullptr; };
 
 template <class BY> static constexpr Tiles lane_tiles() {
   if constexpr (!VECTORS) return {nullptr, product_lanes<BY, 1, 1>, nullptr, product_lanes<BY, 1, 4>};
-  else return {product_lanes<BY, 4, 1>, product_lanes<BY, 1, 1>, product_lanes<BY, 2, 4>, nullptr};
+  else
+    return {product_lanes<BY, 4, 1>, product_lanes<BY, 1, 1>, product_lanes<BY, 2, 4>, nullptr, product_lanes<BY, 2, 2>,
+            product_lanes<BY, 2, 3>};
 }
 template <int SOURCE, int UNIT> static constexpr Tiles sum_tiles() {
   if constexpr (!VECTORS) return {nullptr, product_sums<SOURCE, 1, 1, 1>, nullptr, product_sums<SOURCE, 1, 1, 4>};
@@ -442,21 +385,29 @@ static const Tiles* const BY_PAIRS[8] = {
     &Lanes<ByWidePairs<5>>::tiles, &Lanes<ByWidePairs<6>>::tiles, &Lanes<ByWidePairs<7>>::tiles};
 #endif
 #ifdef ANYBIT_DOTS
-static const Tiles BY_TABLES = {product_tables<4, 1>, product_tables<1, 1>, product_tables<2, 4>, nullptr};
+template <int X> struct Tables {
+  static constexpr Tiles tiles = {product_tables<X, 4, 1>, product_tables<X, 1, 1>, product_tables<X, 2, 4>, nullptr};
+};
 #endif
-static const Tiles* const BY_BYTES[9] = {
-    nullptr,
-    &Lanes<ByBytes<1, false>>::tiles, &Lanes<ByBytes<2, false>>::tiles, &Lanes<ByBytes<3, false>>::tiles,
-    &Lanes<ByBytes<4, false>>::tiles, &Lanes<ByBytes<5, false>>::tiles, &Lanes<ByBytes<6, false>>::tiles,
-    &Lanes<ByBytes<7, false>>::tiles, &Lanes<ByBytes<8, false>>::tiles};
+template <int LIMBS> struct Limbs {
+  static constexpr const Tiles* tiles[9] = {
+      nullptr,
+      &Lanes<ByLimbs<1, false, LIMBS>>::tiles, &Lanes<ByLimbs<2, false, LIMBS>>::tiles, &Lanes<ByLimbs<3, false, LIMBS>>::tiles,
+      &Lanes<ByLimbs<4, false, LIMBS>>::tiles, &Lanes<ByLimbs<5, false, LIMBS>>::tiles, &Lanes<ByLimbs<6, false, LIMBS>>::tiles,
+      &Lanes<ByLimbs<7, false, LIMBS>>::tiles, LIMBS == 1 ? &Lanes<ByLimbs<8, false, 1>>::tiles : nullptr};
+  static const Tiles& of(const anybit_shape* s) {
+    return s->levels == ANYBIT_TABLE ? Lanes<ByLimbs<4, true, LIMBS>>::tiles : *tiles[s->bits];
+  }
+};
 
-static const Tiles& tiles_of(const anybit_shape* s, const anybit_product* p) {
-  const bool table = s->levels == ANYBIT_TABLE;
-  switch (way_of(s, p)) {
-    case BYTES: return table ? Lanes<ByBytes<4, true>>::tiles : *BY_BYTES[s->bits];
+static const Tiles& tiles_of(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
+  switch (way_of(s, t, p)) {
+    case BYTES: return Limbs<1>::of(s);
+    case LIMBS: return Limbs<3>::of(s);
     case FLOATS: return *BY_FLOATS[s->bits];
 #ifdef ANYBIT_DOTS
-    case TABLES: return BY_TABLES;
+    case TABLES: return Tables<1>::tiles;
+    case SPLIT_TABLES: return Tables<3>::tiles;
     case PAIRS:
     case WIDE_PAIRS: return *BY_PAIRS[s->bits];
 #endif
@@ -467,7 +418,7 @@ static const Tiles& tiles_of(const anybit_shape* s, const anybit_product* p) {
 
 static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,
                      int64_t first_row, int64_t last_row) {
-  const Tiles& tiles = tiles_of(s, p);
+  const Tiles& tiles = tiles_of(s, t, p);
   const Product q = {s, t, p, in, read_levels(s, t)};
   for (int64_t row = first_row; row < last_row;) {
     if (tiles.four_one && p->n == 1 && row + 4 <= last_row) {
@@ -475,10 +426,14 @@ static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybi
       row += 4;
       continue;
     }
-    const int64_t taken = tiles.two_four && p->n >= 4 && row + 2 <= last_row ? 2 : 1;
+    const int64_t taken = tiles.two_four && p->n >= (tiles.two_two ? 2 : 4) && row + 2 <= last_row ? 2 : 1;
     int64_t n = 0;
     if (Tile four = taken == 2 ? tiles.two_four : tiles.one_four)
       for (; n + 4 <= p->n; n += 4) four(q, row, n);
+    if (Tile rest = taken == 2 && p->n - n == 3 ? tiles.two_three : taken == 2 && p->n - n == 2 ? tiles.two_two : nullptr) {
+      rest(q, row, n);
+      n = p->n;
+    }
     for (; n < p->n; n++)
       for (int64_t i = 0; i < taken; i++) tiles.one_one(q, row + i, n);
     row += taken;
@@ -489,12 +444,15 @@ static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybi
 
 // Sums a row of x has: one for each group, filled up with zeros.
 static int64_t sum_count(const anybit_shape* s, Way way) {
-  return way == EXACTLY || way == TABLES ? 0 : (ceil_div(ceil_div(s->columns, s->group), LANES) + 1) * LANES;
+  return way == EXACTLY || way == TABLES || way == SPLIT_TABLES ? 0 : (ceil_div(ceil_div(s->columns, s->group), LANES) + 1) * LANES;
 }
 
-static void sizes(const anybit_shape* s, const anybit_tensors*, const anybit_product* p, int64_t* values, int64_t* sums) {
-  const Way way = way_of(s, p);
-  *values = padded_columns(s) * (way == BYTES ? 6 : 4) / 4;
+static void sizes(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t* values, int64_t* sums) {
+  const Way way = way_of(s, t, p);
+  *values = padded_columns(s);
+  if (way == LIMBS) *values = limb_size(s, 3);
+  if (way == BYTES) *values = limb_size(s, 1);
+  if (way == SPLIT_TABLES) *values += padded_columns(s) / 2 * 3;
   *sums = sum_count(s, way);
 }
 
@@ -523,49 +481,35 @@ template <int PER_LANE> static void spread_pairs(int64_t columns, float* values)
   }
 }
 
-// x in steps of a largest number over 127 for every BYTE_BLOCK columns; `values` becomes what the bytes stand for.
-static void round_to_bytes(const anybit_shape* s, float* values) {
-  const int64_t columns = padded_columns(s), per_lane = s->bits <= 4 ? 8 : 4, own = per_lane * LANES;
-  int8_t* bytes = (int8_t*)(values + columns);
-  float* scales = values + columns + columns / 4;
-  for (int64_t start = 0; start < columns; start += BYTE_BLOCK) {
-    float* x = values + start;
-    uint32_t largest = 0;  // the bits of a size are in the order of sizes
-    for (int i = 0; i < BYTE_BLOCK; i++) {
-      const uint32_t size = bits_of_float(x[i]) & 0x7FFFFFFFu;
-      largest = size > largest ? size : largest;
-    }
-    const float scale = float_of_bits(largest) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    int8_t rounded[BYTE_BLOCK];
-    for (int i = 0; i < BYTE_BLOCK; i++) {
-      const float steps = x[i] * inverse;
-      const float nearest = steps + (steps < 0 ? -0.5f : 0.5f);
-      const int32_t byte = nearest > 127.0f ? 127 : nearest < -127.0f ? -127 : nearest == nearest ? (int32_t)nearest : 0;
-      rounded[i] = (int8_t)byte;
-      x[i] = (float)byte * scale;
-    }
-    if (per_lane == 8) {
-      int8_t* chunk = bytes + start / own * own;
-      const int64_t inside = start % own / 2;
-      for (int i = 0; i < BYTE_BLOCK / 2; i++) {
-        chunk[inside + i] = rounded[2 * i];
-        chunk[own / 2 + inside + i] = rounded[2 * i + 1];
+// A float32 x as three parts behind it, in pairs.
+static void split_pairs(int64_t columns, float* values) {
+  for (int part = 0; part < 3; part++) {
+    float* out = values + columns + part * (columns / 2);
+    for (int64_t start = 0; start < columns; start += CHUNK) {
+      alignas(64) float chunk[CHUNK];
+      for (int64_t i = 0; i < CHUNK; i += LANES) {
+        const F some = f_load(values + start + i), high = f_round_bf16(some);
+        f_store(chunk + i, high);
+        f_store(values + start + i, f_sub(some, high));
       }
-    } else {
-      memcpy(bytes + start, rounded, BYTE_BLOCK);
+      spread_pairs<8>(CHUNK, chunk);
+      memcpy(out + start / 2, chunk, CHUNK * 2);
     }
-    for (int64_t lane = start / per_lane; lane < (start + BYTE_BLOCK) / per_lane; lane++) scales[lane] = scale;
   }
 }
 
 static void take_input(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, int64_t n, float* values,
                        float* sums) {
-  const Way way = way_of(s, p);
+  const Way way = way_of(s, t, p);
   read_row(s, t, p, n, values);
-  if (way == BYTES) round_to_bytes(s, values);
+  if (way == BYTES) take_limbs<1>(s, t, values);
+  if (way == LIMBS) take_limbs<3>(s, t, values);
   if (int64_t count = sum_count(s, way)) sum_input(s, count, values, sums);
   if (way == FLOATS) spread_floats(padded_columns(s), values);
   if (way == PAIRS || way == TABLES) spread_pairs<8>(padded_columns(s), values);
+#ifdef ANYBIT_DOTS
+  if (way == SPLIT_TABLES) split_pairs(padded_columns(s), values);
+#endif
   if (way == WIDE_PAIRS) spread_pairs<4>(padded_columns(s), values);
 }
 

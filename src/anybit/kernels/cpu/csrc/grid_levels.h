@@ -50,20 +50,30 @@ static inline int source_of(const anybit_shape* s) {
   return s->levels == ANYBIT_SIGNED ? BYTES_SIGNED : BYTES_UNSIGNED;
 }
 
-// A table in steps of `unit`: exactly if its numbers are small multiples of one (E2M1, IQ4_NL), else rounded to 8 bits.
-static inline void bytes_of_table(Levels* levels) {
+static inline float size_of(float a) { return a < 0 ? -a : a; }
+
+// The smallest number of a table, if all of 16 are that times a whole number up to 127 (E2M1, IQ4_NL); else 0.
+static inline float step_of_table(const float* table) {
   float largest = 0, smallest = 0;
   for (int i = 0; i < 16; i++) {
-    const float size = levels->numbers[i] < 0 ? -levels->numbers[i] : levels->numbers[i];
+    const float size = size_of(table[i]);
     if (size > largest) largest = size;
     if (size > 0 && (smallest == 0 || size < smallest)) smallest = size;
   }
-  bool multiples = largest > 0 && largest <= 127 * smallest;
-  for (int i = 0; i < 16 && multiples; i++) {
-    const float steps = levels->numbers[i] / smallest;
-    multiples = steps == (float)(int)steps;
+  if (smallest == 0 || !(largest <= 127 * smallest)) return 0;
+  for (int i = 0; i < 16; i++) {
+    const float steps = (float)(int)(table[i] / smallest);
+    if (steps * smallest != table[i]) return 0;
   }
-  levels->unit = multiples ? smallest : largest > 0 ? largest / 127.0f : 1.0f;
+  return smallest;
+}
+
+// A table in steps of `unit`: exactly if it has such steps, else rounded to 8 bits.
+static inline void bytes_of_table(Levels* levels) {
+  float largest = 0;
+  for (int i = 0; i < 16; i++) largest = size_of(levels->numbers[i]) > largest ? size_of(levels->numbers[i]) : largest;
+  const float step = step_of_table(levels->numbers);
+  levels->unit = step > 0 ? step : largest > 0 ? largest / 127.0f : 1.0f;
   int bytes[16], lowest = 0;
   for (int i = 0; i < 16; i++) {
     const float steps = levels->numbers[i] / levels->unit;
@@ -166,7 +176,8 @@ static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Lev
 }
 
 #ifdef ANYBIT_DOTS
-// Weights of up to four bits as pairs of bfloat16: those of a group are rounded once and looked up in pairs.
+// Weights of up to four bits as pairs of bfloat16, where the format rounds (else see grid_turned.h): those of a group are rounded
+// once and looked up in pairs.
 //
 //   32 bits   low half: code 2 i, anything above   high half: code 2 i + 1, anything above     entries are repeated
 template <int BITS, int ROUND>
@@ -189,7 +200,7 @@ static void pair_block(const anybit_shape* s, const anybit_tensors* t, const Lev
 
 typedef void (*PairBlock)(const anybit_shape*, const anybit_tensors*, const Levels&, int64_t, int64_t, int64_t, uint32_t*);
 template <int BITS> struct PairBlocks {
-  static constexpr PairBlock by_rounding[3] = {pair_block<BITS, 0>, pair_block<BITS, 1>, pair_block<BITS, 2>};
+  static constexpr PairBlock by_rounding[3] = {nullptr, pair_block<BITS, 1>, pair_block<BITS, 2>};
 };
 static const PairBlock* const PAIR_BLOCKS[5] = {nullptr, PairBlocks<1>::by_rounding, PairBlocks<2>::by_rounding,
                                                 PairBlocks<3>::by_rounding, PairBlocks<4>::by_rounding};
@@ -202,12 +213,6 @@ static bool pairs_of(const anybit_shape* s, const anybit_tensors* t, const Level
   return true;
 }
 #endif
-
-// Whether weights are packed for grid_blocks.h in a way of their own: codebooks are.
-template <int64_t PER_WORD>
-static bool pack_directly(const anybit_shape*, const anybit_tensors*, int64_t, int64_t, int64_t, int64_t, uint32_t*) {
-  return false;
-}
 
 }  // namespace
 

@@ -4,7 +4,8 @@
 
 namespace {
 
-static constexpr int64_t RUN = 256;  // groups read at a time
+static constexpr int64_t RUN = 256;  // groups of a row read at a time
+static constexpr int64_t TOGETHER = 4 * RUN;  // and of several rows
 
 struct Parameter {
   const anybit_parameter* p;
@@ -89,42 +90,22 @@ template <int BITS, int KIND> static void nested_run(const Parameter& q, int64_t
     F value = f_mul(nested_levels<BITS, KIND>(is_signed, q.nested->table, lut, from), scale);
     f_store(out + at - start, has_offset ? f_add(value, offset) : value);
   };
-  const int64_t group = p->group > p->count ? p->count : p->group, all = ceil_div(p->count, group);
-  // a vector of LANES scales at a time
-  const auto scales_at = [&](int64_t first) {
-    if (first + LANES <= all) {
-      const F some = numbers_at(p->scale_kind, q.nested->scale, first);
-      return p->scale_negated ? f_sub(f_zero(), some) : some;
-    }
-    float numbers[LANES];
-    for (int64_t i = 0; i < LANES; i++)
-      numbers[i] = read_number(p->scale_kind, p->scale_negated, q.nested->scale, least(first + i, all - 1));
-    return f_load(numbers);
-  };
-  if (group < LANES && p->group == 8) {  // two groups in a vector
-    constexpr int PER = LANES / 8;
-    alignas(64) static constexpr struct Places {
-      uint32_t of[8][LANES];
-      constexpr Places() : of() {
-        for (int j = 0; j < 8; j++)
-          for (int i = 0; i < LANES; i++) of[j][i] = uint32_t(PER * j + i / 8) % LANES;
-      }
-    } places;
-    for (int64_t at = start; at < stop;) {
-      const F some = scales_at(at / 8);
-      for (int j = 0; j < 8 && at < stop; j++, at += LANES) put(at, f_permute(some, i_load(places.of[j])));
-    }
-  } else {
-    int64_t g = start / group;
-    for (int64_t at = start; at < stop;) {
-      const F some = scales_at(g);
-      for (uint32_t j = 0; j < LANES && at < stop; j++) {
-        const F scale = f_permute(some, i_set(j));
-        const int64_t next = ++g * group;
-        for (const int64_t last = least(stop, next); at < last; at += LANES) put(at, scale);
-        at = next;
-      }
-    }
+  const int64_t group = p->group > p->count ? p->count : p->group, all = ceil_div(p->count, group), g = start / group;
+  alignas(64) float scales[(TOGETHER + 8) / 8 + 3 * LANES];
+  numbers_run(p->scale_kind, p->scale_negated, q.nested->scale, g, (stop - 1) / group + 1 - g, all, scales);
+  if (group == 8 && LANES == 16) {  // two groups in a vector
+    alignas(64) static constexpr uint32_t halves[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    const I pair = i_load(halves);
+    const float* own = scales;
+    for (int64_t at = start; at < stop; at += LANES, own += 2) put(at, f_permute(f_load(own), pair));
+    return;
+  }
+  const float* own = scales;
+  for (int64_t at = start, next = (g + 1) * group; at < stop; own++, next += group) {
+    const F scale = f_set(*own);
+    const int64_t last = least(stop, next);
+    for (; at < last; at += LANES) put(at, scale);
+    at = last;
   }
 }
 

@@ -42,14 +42,17 @@ static inline F f_round_f16(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, 0))
 static inline F f_permute(F a, I index) { return _mm256_permutevar8x32_ps(a, index); }
 
 static inline I i_load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+static inline void i_store(uint32_t* p, I a) { _mm256_storeu_si256((__m256i*)p, a); }
 static inline I i_and(I a, I b) { return _mm256_and_si256(a, b); }
 static inline I i_xor(I a, uint32_t b) { return _mm256_xor_si256(a, _mm256_set1_epi32((int)b)); }
 template <int N> static inline I i_right(I a) { return _mm256_srli_epi32(a, N); }
+static inline I i_add(I a, I b) { return _mm256_add_epi32(a, b); }
+static inline I i_field(I a, I mask, I flip) { return _mm256_xor_si256(_mm256_and_si256(a, mask), flip); }
 static inline I i_or(I a, I b) { return _mm256_or_si256(a, b); }
 template <int N> static inline I i_left(I a) { return _mm256_slli_epi32(a, N); }
 static inline I i_set(uint32_t a) { return _mm256_set1_epi32((int)a); }
 static inline I i_load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned, up to 7 bits) times those of x (signed, above -128).
+// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned, up to 7 bits) times those of x (signed).
 static inline I i_dot7(I sum, I u, I x) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
 }

@@ -39,14 +39,17 @@ static inline F f_round_f16(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, 0))
 static inline F f_permute(F a, I index) { return _mm512_permutexvar_ps(index, a); }
 
 static inline I i_load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+static inline void i_store(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
 static inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 static inline I i_xor(I a, uint32_t b) { return _mm512_xor_si512(a, _mm512_set1_epi32((int)b)); }
 template <int N> static inline I i_right(I a) { return _mm512_srli_epi32(a, N); }
+static inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+static inline I i_field(I a, I mask, I flip) { return _mm512_ternarylogic_epi32(a, mask, flip, 0x6A); }  // (a & mask) ^ flip
 static inline I i_or(I a, I b) { return _mm512_or_si512(a, b); }
 template <int N> static inline I i_left(I a) { return _mm512_slli_epi32(a, N); }
 static inline I i_set(uint32_t a) { return _mm512_set1_epi32((int)a); }
 static inline I i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned, up to 7 bits) times those of x (signed, above -128).
+// Lane i of the sum gets bytes 4 i .. 4 i + 3 of u (unsigned, up to 7 bits) times those of x (signed).
 static inline I i_dot7(I sum, I u, I x) {
 #ifdef ANYBIT_VNNI
   return _mm512_dpbusd_epi32(sum, u, x);

@@ -30,10 +30,14 @@ static inline float f_sum(F a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
 static inline I i_load(const uint32_t* p) { return {vld1q_u32(p), vld1q_u32(p + 4)}; }
 static inline I i_set(uint32_t a) { return {vdupq_n_u32(a), vdupq_n_u32(a)}; }
 static inline I i_zero() { return i_set(0); }
+static inline void i_store(uint32_t* p, I a) { vst1q_u32(p, a.low), vst1q_u32(p + 4, a.high); }
 static inline I i_and(I a, I b) { return {vandq_u32(a.low, b.low), vandq_u32(a.high, b.high)}; }
 static inline I i_or(I a, I b) { return {vorrq_u32(a.low, b.low), vorrq_u32(a.high, b.high)}; }
 static inline I i_xor(I a, uint32_t b) { return {veorq_u32(a.low, vdupq_n_u32(b)), veorq_u32(a.high, vdupq_n_u32(b))}; }
 static inline I i_add(I a, I b) { return {vaddq_u32(a.low, b.low), vaddq_u32(a.high, b.high)}; }
+static inline I i_field(I a, I mask, I flip) {  // (a & mask) ^ flip
+  return {veorq_u32(vandq_u32(a.low, mask.low), flip.low), veorq_u32(vandq_u32(a.high, mask.high), flip.high)};
+}
 template <int N> static inline I i_right(I a) {
   if constexpr (N == 0) return a;
   else return {vshrq_n_u32(a.low, N), vshrq_n_u32(a.high, N)};
@@ -57,7 +61,12 @@ static inline uint32x4_t dot_of(uint32x4_t sum, uint32x4_t u, uint32x4_t x) {
   return vaddq_u32(sum, vreinterpretq_u32_s32(vpaddq_s32(first, second)));
 }
 static inline I i_dot8(I sum, I u, I x) { return {dot_of(sum.low, u.low, x.low), dot_of(sum.high, u.high, x.high)}; }
-static inline I i_dot7(I sum, I u, I x) { return i_dot8(sum, u, x); }
+static inline uint32x4_t small_dot_of(uint32x4_t sum, uint32x4_t u, uint32x4_t x) {  // two products of seven bits fit into sixteen
+  const int8x16_t own = vreinterpretq_s8_u32(u), other = vreinterpretq_s8_u32(x);
+  const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(own), vget_low_s8(other)), vmull_high_s8(own, other));
+  return vreinterpretq_u32_s32(vpadalq_s16(vreinterpretq_s32_u32(sum), pairs));
+}
+static inline I i_dot7(I sum, I u, I x) { return {small_dot_of(sum.low, u.low, x.low), small_dot_of(sum.high, u.high, x.high)}; }
 static inline uint8x16_t b_table(const uint8_t* p) { return vld1q_u8(p); }
 static inline uint32x4_t taken(uint8x16_t table, uint32x4_t index) {
   return vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(index)));

@@ -31,9 +31,12 @@ static inline F f_round_f16(F a) { EACH a.v[i] = float_of_f16(f16_of_float(a.v[i
 static inline F f_permute(F a, I index) { F r; EACH r.v[i] = a.v[index.v[i]]; return r; }
 
 static inline I i_load(const uint32_t* p) { I r; EACH r.v[i] = p[i]; return r; }
+static inline void i_store(uint32_t* p, I a) { EACH p[i] = a.v[i]; }
 static inline I i_and(I a, I b) { EACH a.v[i] &= b.v[i]; return a; }
 static inline I i_xor(I a, uint32_t b) { EACH a.v[i] ^= b; return a; }
 template <int N> static inline I i_right(I a) { EACH a.v[i] >>= N; return a; }
+static inline I i_add(I a, I b) { EACH a.v[i] += b.v[i]; return a; }
+static inline I i_field(I a, I mask, I flip) { EACH a.v[i] = (a.v[i] & mask.v[i]) ^ flip.v[i]; return a; }
 static inline I i_or(I a, I b) { EACH a.v[i] |= b.v[i]; return a; }
 template <int N> static inline I i_left(I a) { EACH a.v[i] <<= N; return a; }
 static inline I i_set(uint32_t a) { I r; EACH r.v[i] = a; return r; }
