@@ -403,7 +403,9 @@ template <int LIMBS> struct Limbs {
 static const Tiles& tiles_of(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p) {
   switch (way_of(s, t, p)) {
     case BYTES: return Limbs<1>::of(s);
-    case LIMBS: return Limbs<3>::of(s);
+    case LIMBS:
+      if constexpr (VECTORS) return Limbs<3>::of(s);
+      else return EXACT;
     case FLOATS: return *BY_FLOATS[s->bits];
 #ifdef ANYBIT_DOTS
     case TABLES: return Tables<1>::tiles;

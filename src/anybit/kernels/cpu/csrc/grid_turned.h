@@ -17,7 +17,7 @@ struct TurnedParameters { float scale[TURNED_GROUPS * TALL], zero[TURNED_GROUPS 
 
 static bool turns(const anybit_shape* s) {
   const bool integers = s->levels == ANYBIT_UNSIGNED || s->levels == ANYBIT_SIGNED;
-  return VECTORS && s->compute == ANYBIT_F32 && (s->bits <= 4 || integers) && wide_group(s, LEAST_GROUP);
+  return s->compute == ANYBIT_F32 && (s->bits <= 4 || integers) && wide_group(s, LEAST_GROUP);
 }
 
 static NOINLINE void turn_parameters(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop,
@@ -131,9 +131,12 @@ template <int64_t PER_WORD> struct Turned {
 template <int64_t PER_WORD>
 static bool pack_directly(const anybit_shape* s, const anybit_tensors* t, int64_t row, int64_t start, int64_t stop, int64_t,
                           uint32_t* packed) {
-  if (!turns(s)) return false;
-  Turned<PER_WORD>::of_bits[s->bits](s, t, read_levels(s, t), row, start, stop, packed);
-  return true;
+  if constexpr (VECTORS) {
+    if (!turns(s)) return false;
+    Turned<PER_WORD>::of_bits[s->bits](s, t, read_levels(s, t), row, start, stop, packed);
+    return true;
+  }
+  return false;
 }
 
 }  // namespace
