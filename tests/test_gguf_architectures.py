@@ -192,8 +192,9 @@ CASES = {
         "olmo2", {"model_type": "olmo2", **COMMON}, {**METADATA, "attention.layer_norm_rms_epsilon": 1e-5}, layer=m.SANDWICH
     ),
     "olmoe": Case(
-        "olmoe", {"model_type": "olmoe", **COMMON, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
-        {**METADATA, "attention.layer_norm_rms_epsilon": 1e-5, "feed_forward_length": 32, "expert_count": 4,
+        "olmoe", {"model_type": "olmoe", **COMMON, "num_key_value_heads": HEADS, "intermediate_size": 32, "num_experts": 4,
+                  "num_experts_per_tok": 2},
+        {**METADATA, "attention.head_count_kv": HEADS, "attention.layer_norm_rms_epsilon": 1e-5, "feed_forward_length": 32, "expert_count": 4,
          "expert_used_count": 2},
     ),
     "granite": Case(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from anybit.cli import advising, demo, looking, making, reporting, rotating, running
+from anybit.cli import advising, demo, importance, looking, making, reporting, rotating, running
 from anybit.cli.errors import EXIT_CODES, INTERRUPTED, OK, UNEXPECTED, UsageMistake, as_dict, exit_code, show
 from anybit.cli.report import print_json
 from anybit.errors import did_you_mean
@@ -68,6 +68,7 @@ for commands in (
     looking.COMMANDS,
     advising.COMMANDS,
     making.COMMANDS,
+    importance.COMMANDS,
     rotating.COMMANDS,
     running.COMMANDS,
     reporting.COMMANDS,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from anybit._lazy import torch
+from anybit.methods import _gguf_latent as latent
+from anybit.methods._gguf_architecture import Architecture, Joined
 from anybit.methods._gguf_metadata import BLOCK, Metadata
-from anybit.methods._gguf_models import Architecture, describe
+from anybit.methods._gguf_models import describe
 from anybit.methods._gguf_rope import TENSORS as ROPE_TENSORS
 from anybit.methods._gguf_tokenizer import TokenizerFiles
 from anybit.quantizers.bundle import Bundle, Derived
@@ -35,7 +37,7 @@ def bundle_of(checkpoint: Any) -> Bundle:
             if value is not None or name in _MAY_BE_NULL
         }
     )
-    translation = _Translation(metadata, architecture)
+    translation = _Translation(metadata, architecture, settings)
     derived = dict(translation.all())
     ends = [token for name in ("eos", "eot", "eom") if (token := metadata.token(name)) is not None]
     generation = {
@@ -48,7 +50,14 @@ def bundle_of(checkpoint: Any) -> Bundle:
 
 
 # settings whose default in transformers is not None
-_MAY_BE_NULL = ("sliding_window", "final_logit_softcapping", "bos_token_id", "eos_token_id", "pad_token_id")
+_MAY_BE_NULL = (
+    "sliding_window",
+    "final_logit_softcapping",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "q_lora_rank",
+)
 
 
 def _check_split(metadata: Metadata) -> None:
@@ -62,10 +71,11 @@ def _check_split(metadata: Metadata) -> None:
 class _Translation:
     """Stored tensors one by one. `ignored`: those that nothing is made of, and why."""
 
-    def __init__(self, metadata: Metadata, architecture: Architecture):
-        self.m, self.architecture = metadata, architecture
+    def __init__(self, metadata: Metadata, architecture: Architecture, settings: Mapping[str, Any]):
+        self.m, self.architecture, self.settings = metadata, architecture, settings
         self.ignored: dict[str, str] = {}
-        self.second = {second: first for first, second in architecture.interleaved}
+        self.joined = {owns[0]: (owns, how) for owns, how in architecture.joined.items()}
+        self.later = {own for owns in architecture.joined for own in owns[1:]}
 
     def all(self) -> Iterator[Named]:
         taken: dict[str, str] = {}
@@ -81,16 +91,25 @@ class _Translation:
 
     def one(self, stored: str) -> Iterator[Named]:
         """The tensors of the checkpoint that a stored one gives."""
-        module, _, kind = stored.rpartition(".")
-        match = BLOCK.match(module)
-        number, own = (int(match[1]), match[2]) if match else (None, module)
-        key = own if number is None else f"blk.{{n}}.{own}"
-        if own == "attn_rot_embd":
+        match = BLOCK.match(stored)
+        number, rest = (int(match[1]), match[2]) if match else (None, stored)
+        own, _, kind = rest.rpartition(".")
+        key, parameter = (own, stored) if number is None else (f"blk.{{n}}.{own}", f"blk.{{n}}.{rest}")
+        if number is not None and number >= self.m.blocks:
+            self.ignored[stored] = "it predicts further tokens, which transformers' class does not"
+        elif (whole := self.architecture.parameters.get(parameter)) is not None:
+            yield self._parameter(stored, parameter, whole.format(n=number))
+        elif own == "attn_rot_embd":
             self.ignored[stored] = "recomputed from the configuration"
-        elif own in self.second:
+        elif own in self.later:
             return
-        elif target := next((to for (first, _), to in self.architecture.interleaved.items() if first == own), None):
-            yield self._interleaved(stored, kind, number, own, target)
+        elif own in self.joined:
+            yield self._joined(stored, kind, number, *self.joined[own])
+        elif self.architecture.latent and own in latent.PARTS:
+            if f"blk.{number}.attn_kv_b.weight" in self.m.tensors:
+                self.ignored[stored] = "attn_kv_b holds it too"
+            elif own == latent.PARTS[0]:
+                yield self._latent(stored, number)
         elif own in self.architecture.pieces:
             yield from self._pieces(stored, kind, number, own)
         elif (target := self.architecture.names.get(key)) is not None:
@@ -123,34 +142,67 @@ class _Translation:
             if not shape or shape[0] % (2 * heads):
                 self.m.fail(f"tensor {stored!r} has the shape {shape}; {heads} heads of pairs do not fit")
             make = functools.partial(_turned, heads)
+        elif own in a.rows and kind in ("weight", "bias"):
+            make = functools.partial(_in_order, a.rows[own], self.settings)
         elif own in a.shifted and kind == "weight" and not info.encoding:
             make = _minus_one
         elif own in a.transposed and kind == "weight" and not info.encoding and len(shape) > 1:
             shape, make = (*shape[:-2], shape[-1], shape[-2]), _transposed
         return self._made(target, kind, (stored,), shape, make)
 
-    def _interleaved(self, stored: str, kind: str, number: int | None, own: str, target: str) -> Named:
-        """Rows of this stack and of its twin by turns."""
-        second = next(second for first, second in self.architecture.interleaved if first == own)
-        twin = f"blk.{number}.{second}.{kind}"
-        info, other = self.m.tensors[stored], self.m.tensors.get(twin)
-        if other is None:
-            self.m.fail(f"there is no tensor {twin!r} beside {stored!r}")
-        if (info.shape, info.dtype, info.encoding) != (other.shape, other.dtype, other.encoding):
-            self.m.refuse(
-                f"{stored!r} is {info.encoding or info.dtype} {info.shape} and {twin!r} {other.encoding or other.dtype} "
-                f"{other.shape}; transformers holds both in one tensor, so they must be stored alike"
-            )
-        if len(info.shape) < 2:
-            self.m.fail(f"tensor {stored!r} has the shape {info.shape}; a stack of experts was expected")
-        axis = 1
-        shape = (info.shape[0], 2 * info.shape[1], *info.shape[2:])
-        turned = own in self.architecture.transposed and kind == "weight" and not info.encoding
+    def _joined(self, stored: str, kind: str, number: int | None, owns: tuple[str, ...], how: Joined) -> Named:
+        """Rows of this tensor and of those that belong to it."""
+        names = tuple(f"blk.{number}.{own}.{kind}" for own in owns)
+        info = self.m.tensors[stored]
+        axis = len(info.shape) - (2 if kind == "weight" else 1)
+        rows = 0
+        for name in names:
+            other = self.m.tensors.get(name)
+            if other is None:
+                self.m.fail(f"there is no tensor {name!r} beside {stored!r}")
+            if axis < 0 or len(other.shape) != len(info.shape):
+                self.m.fail(f"tensors {stored!r} and {name!r} have the shapes {info.shape} and {other.shape}")
+            rows += other.shape[axis]
+            without = [shape[:axis] + shape[axis + 1 :] for shape in (info.shape, other.shape)]
+            if (without[0], info.dtype, info.encoding) != (without[1], other.dtype, other.encoding):
+                self.m.refuse(
+                    f"{stored!r} is {info.encoding or info.dtype} {info.shape} and {name!r} {other.encoding or other.dtype} "
+                    f"{other.shape}; transformers holds both in one tensor, so they must be stored alike"
+                )
+        shape = (*info.shape[:axis], rows, *info.shape[axis + 1 :])
+        turned = owns[0] in self.architecture.transposed and kind == "weight" and not info.encoding
         if turned:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        return self._made(
-            target.format(n=number), kind, (stored, twin), shape, functools.partial(_alternating, axis, turned)
+        make = functools.partial(_together, axis, turned, how, self.settings)
+        return self._made(how.target.format(n=number), kind, names, shape, make)
+
+    def _parameter(self, stored: str, form: str, target: str) -> Named:
+        info, change = self.m.tensors[stored], self.architecture.changes.get(form)
+        if info.encoding:
+            self.m.refuse(f"tensor {stored!r} is {info.encoding}; numbers of this kind are not stored in blocks")
+        if change is None:
+            return target, Derived((stored,), info.dtype, info.shape)
+        shape = change.shape_back(tuple(info.shape), self.settings)
+        make = functools.partial(_changed_back, change.back, self.settings)
+        return target, Derived((stored,), info.dtype, shape, None, make)
+
+    def _latent(self, stored: str, number: int | None) -> Named:
+        """Keys' and values' expansions in one matrix. They are stored along different axes, so blocks are worked out."""
+        names = tuple(f"blk.{number}.{part}.weight" for part in latent.PARTS)
+        infos = [self.m.tensors[name] for name in names if name in self.m.tensors]
+        if len(infos) < len(names):
+            self.m.fail(f"there is no tensor {names[1]!r} beside {stored!r}")
+        shapes = [self.m.shape(name) for name in names]
+        shape = latent.whole_shape(shapes, self.settings)
+        if shape is None:
+            self.m.fail(f"tensors {names[0]!r} and {names[1]!r} have the shapes {shapes[0]} and {shapes[1]}")
+        dense = (
+            infos[0].dtype
+            if not any(info.encoding for info in infos) and infos[0].dtype == infos[1].dtype
+            else "float32"
         )
+        make = functools.partial(latent.join, [info.encoding for info in infos], shapes, dense)
+        return f"{self.architecture.latent.format(n=number)}.weight", Derived(names, dense, shape, None, make)
 
     def _pieces(self, stored: str, kind: str, number: int | None, own: str) -> Iterator[Named]:
         """Equal thirds of the rows."""
@@ -194,9 +246,23 @@ def _transposed(tensors: list[Tensor]) -> Tensor:
     return tensors[0].transpose(-1, -2).contiguous()
 
 
-def _alternating(axis: int, turned: bool, tensors: list[Tensor]) -> Tensor:
-    mixed = torch.stack(tensors, axis + 1).flatten(axis, axis + 1)
-    return mixed.transpose(-1, -2).contiguous() if turned else mixed
+def _together(axis: int, turned: bool, how: Joined, settings: Mapping[str, Any], tensors: list[Tensor]) -> Tensor:
+    whole = torch.cat(tensors, axis)
+    if how.order is not None:
+        whole = whole.index_select(axis, torch.argsort(how.order(settings, whole.shape[axis])))
+    return whole.transpose(-1, -2).contiguous() if turned else whole
+
+
+def _in_order(
+    order: Callable[[Mapping[str, Any]], Tensor], settings: Mapping[str, Any], tensors: list[Tensor]
+) -> Tensor:
+    return tensors[0][torch.argsort(order(settings))]
+
+
+def _changed_back(
+    back: Callable[[Tensor, Mapping[str, Any]], Tensor], settings: Mapping[str, Any], tensors: list[Tensor]
+) -> Tensor:
+    return back(tensors[0], settings).contiguous()
 
 
 def _rows(start: int, count: int, tensors: list[Tensor]) -> Tensor:

@@ -5,100 +5,55 @@ The settings are read back before anything is written: a model that llama.cpp's 
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from anybit._lazy import torch
 from anybit.errors import AnybitError, ConfigError
+from anybit.methods._gguf_architecture import Architecture, Settings
 from anybit.methods._gguf_bundle import bundle_of
-from anybit.methods._gguf_mixes import FILE_TYPES, NEVER
-from anybit.methods._gguf_models import ARCHITECTURES, MIXTRAL, Architecture
+from anybit.methods._gguf_mixes import FILE_TYPES
+from anybit.methods._gguf_models import ARCHITECTURES
+from anybit.methods._gguf_places import EXPERTS, OTHERWISE, Places
 from anybit.methods._gguf_rope import llama3_divisors
 from anybit.methods._gguf_vocabulary import vocabulary
-from anybit.quantizers.bundle import Bundled, Placed
+from anybit.quantizers.bundle import Bundled
 from anybit.weight.block_types import BY_NAME
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-Settings = Mapping[str, Any]
-DENSE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F32"}
-# names of the number of experts in configurations
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-OTHERWISE = (
-    "Keep the blocks in safetensors instead: load the model with this configuration and save it with save_pretrained"
-)
-
-
-def architecture_of(model_type: str) -> tuple[str, Architecture] | None:
-    """GGUF's name of a model type, and its words; None for one that is not written."""
-    if model_type == "mixtral":
-        return "llama", MIXTRAL
-    return next(((name, found) for name, found in ARCHITECTURES.items() if found.model_type == model_type), None)
-
-
-class Names:
-    """Checkpoint module -> GGUF module, and the expert's number in a stack."""
-
-    def __init__(self, architecture: Architecture):
-        self._plain: dict[str, str] = {}
-        self._piece: dict[str, tuple[int, int]] = {}
-        for own, target in architecture.names.items():
-            if "{e}" not in own:
-                self._plain.setdefault(target.replace("=", ""), own)
-        self._twins = dict(architecture.interleaved)
-        for (first, _), target in architecture.interleaved.items():
-            self._plain[target.replace("=", "")] = f"blk.{{n}}.{first}"
-        for own, targets in architecture.pieces.items():
-            for place, target in enumerate(targets):
-                self._plain[target] = f"blk.{{n}}.{own}"
-                self._piece[target] = place, len(targets)
-
-    def find(self, module: str) -> tuple[str, int | None] | None:
-        """`model.layers.3.mlp.experts.5.up_proj` -> ("blk.3.ffn_up_exps", 5)."""
-        form, numbers = _form(module)
-        own = self._plain.get(form)
-        if own is None:
-            return None
-        expert = int(numbers[1]) if len(numbers) > 1 else None
-        return (own.format(n=numbers[0]) if numbers else own), expert
-
-    def everywhere(self, module: str) -> list[str]:
-        """All GGUF modules that hold rows of this one."""
-        where = self.find(module)
-        if where is None:
-            return []
-        head, _, own = where[0].rpartition(".")
-        twins = [f"{head}.{second}" for first, second in self._twins if first == own]
-        return [where[0], *twins]
-
-    def piece(self, module: str) -> tuple[int, int] | None:
-        """Of a module that is a part of a GGUF matrix: which, of how many."""
-        return self._piece.get(_form(module)[0])
-
-
-def _form(module: str) -> tuple[str, list[str]]:
-    """With {n} and {e} for the numbers."""
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", module)
-    for form in ("{n}", "{e}"):
-        module = re.sub(r"(?<=\.)\d+(?=\.|$)", form, module, count=1)
-    return module, numbers
+def architecture_of(settings: Settings) -> tuple[str, Architecture] | None:
+    """GGUF's name for a model of these settings, and its words; None for one that is not written."""
+    model_type = str(settings.get("model_type"))
+    return next(
+        (
+            (name, one)
+            for name, several in ARCHITECTURES.items()
+            for one in several
+            if model_type in (one.model_type, *one.others) and one.suits(settings)
+        ),
+        None,
+    )
 
 
 # names that some classes have of their own for the same settings
 OTHER_NAMES = {
-    "num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
+    "num_hidden_layers": ("n_layer", "n_layers"), "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"), "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "num_experts_per_tok": ("moe_k", "moe_topk"),
 }  # fmt: skip
 
 
 def standard(settings: Settings) -> dict[str, Any]:
     """With transformers' most common names beside a class's own."""
-    found = {name: settings[other] for name, other in OTHER_NAMES.items() if other in settings and name not in settings}
+    found = {
+        name: settings[other]
+        for name, others in OTHER_NAMES.items()
+        for other in others
+        if other in settings and name not in settings
+    }
     if "n_embd" in settings:
         found["n_inner"] = found["intermediate_size"] = settings.get("n_inner") or 4 * settings["n_embd"]
     return {**settings, **found}
@@ -114,15 +69,21 @@ def bundled(
 ) -> Bundled:
     """The file `name`-`mix`.gguf. `specs`: dtype and shape of the checkpoint's tensors; `settings`: of its whole config."""
     model_type = str(settings.get("model_type"))
-    found = architecture_of(model_type)
+    found = architecture_of(settings)
     if found is None:
-        known = sorted(one.model_type for one in (*ARCHITECTURES.values(), MIXTRAL) if architecture_of(one.model_type))
+        known = sorted(
+            {kind for several in ARCHITECTURES.values() for one in several for kind in (one.model_type, *one.others)}
+        )
         raise ConfigError(
             f"a {model_type!r} model cannot be written as a GGUF file; {', '.join(known)} can. {OTHERWISE}"
         )
     kind, architecture = found
     settings = standard(settings)
-    tensors, places = _tensors(settings, architecture, specs, mix)
+    reason = architecture.refusal(settings)
+    if reason is not None:
+        raise ConfigError(f"llama.cpp has no place for this {model_type!r} model: {reason}. {OTHERWISE}")
+    placed = Places(settings, architecture, specs, mix)
+    tensors, places = placed.tensors, placed.places
     rows = tensors["token_embd.weight"][1][0] if "token_embd.weight" in tensors else 0
     values: dict[str, Any] = {
         "general.architecture": kind,
@@ -132,11 +93,14 @@ def bundled(
         "general.quantization_version": 2,
     }
     values.update({f"{kind}.{key}": value for key, value in _values(settings, architecture, rows).items()})
-    stack = tensors.get("blk.0.ffn_down_exps.weight")
+    stack = next((shape for name, (_, shape) in tensors.items() if name.endswith(".ffn_down_exps.weight")), None)
     if stack is not None:
-        values.setdefault(f"{kind}.expert_feed_forward_length", stack[1][-1])
-    scaling, divisors = _rope(settings)
+        values.setdefault(f"{kind}.expert_feed_forward_length", stack[-1])
+    scaling, divisors = _rope(settings) if "num_attention_heads" in settings else ({}, {})
     values.update({f"{kind}.{key}": value for key, value in scaling.items()})
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    for key, value in architecture.extra(settings, shapes).items():
+        values.pop(f"{kind}.{key}", None) if value is None else values.update({f"{kind}.{key}": value})
     constants = {key: torch.tensor(numbers, dtype=torch.float32) for key, numbers in divisors.items()}
     tensors.update({key: ("F32", tuple(tensor.shape)) for key, tensor in constants.items()})
     context = int(settings.get("max_position_embeddings") or 0)
@@ -144,129 +108,13 @@ def bundled(
     made = Bundled(
         f"{name}-{mix}.gguf", values, dict(sorted(tensors.items(), key=_order)), places, constants, big_endian
     )
-    _check(made, settings)
+    _check(made, settings, architecture)
     return made
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, str]:
     match = re.match(r"blk\.(\d+)\.", item[0])
     return (int(match[1]) if match else -1), item[0]
-
-
-# --- tensors ------------------------------------------------------------------------------------------------------------------
-
-
-def _tensors(
-    settings: Settings, architecture: Architecture, specs: Mapping[str, tuple[str, tuple[int, ...]]], mix: str
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, tuple[Placed, ...]]]:
-    names = Names(architecture)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    places: dict[str, tuple[Placed, ...]] = {}
-    experts: dict[str, set[int]] = {}
-    for source, (dtype, shape) in specs.items():
-        module, own, block = _parted(source, dtype, names)
-        where = names.find(module)
-        if settings.get("tie_word_embeddings") and where == ("output", None):
-            places[source] = ()  # llama.cpp takes the embedding
-            continue
-        if where is None or not (block or own in ("weight", "bias")):
-            raise ConfigError(
-                f"tensor {source!r} has no name in a GGUF file of {architecture.model_type!r}. Vision towers, adapters and other "
-                f"parts beside the language model are not written. {OTHERWISE}"
-            )
-        place, expert = where
-        head, _, kind_of = place.rpartition(".")
-        turned = kind_of in architecture.transposed and own == "weight" and not block and len(shape) > 1
-        if turned:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        twin = next((two for one, two in architecture.interleaved if one == kind_of), None)
-        if twin is not None:  # rows by turns
-            shape = (shape[0], shape[1] // 2, *shape[2:])
-        made: list[Placed] = []
-        for number, name in enumerate([kind_of] if twin is None else [kind_of, twin]):
-            target = f"{head}.{name}.{own}" if head else f"{name}.{own}"
-            if block:
-                kind, logical = block, (*shape[:-1], shape[-1] // BY_NAME[block].bytes * BY_NAME[block].elements)
-            else:
-                kind, logical = _dense_type(target, dtype, shape, mix), shape
-            piece = names.piece(module)
-            make = _make(settings, architecture, kind_of, own, None if block else BY_NAME[kind].dtype)
-            if turned or twin is not None:
-                make = functools.partial(_cut, turned, number if twin is not None else None, make)
-            if piece is not None:
-                made.append(Placed(target, piece[0], make, piece[1]))
-                logical = (logical[0] * piece[1], *logical[1:])
-            else:
-                made.append(Placed(target, expert, make))
-            if expert is None:
-                if tensors.setdefault(target, (kind, logical)) != (kind, logical):
-                    raise ConfigError(
-                        f"the parts of {target!r} would be {tensors[target]} and {(kind, logical)}; a GGUF file holds them "
-                        "in one tensor, so they must be alike"
-                    )
-                continue
-            count = next((int(settings[key]) for key in EXPERTS if settings.get(key)), 0)
-            experts.setdefault(target, set()).add(expert)
-            whole = kind, (count, *logical)
-            if tensors.setdefault(target, whole) != whole:
-                raise ConfigError(
-                    f"the experts of {target!r} would be {tensors[target]} and {whole}; a GGUF file has one type for all of them"
-                )
-        places[source] = tuple(made)
-    for target, numbers in experts.items():
-        if numbers != set(range(tensors[target][1][0])):
-            raise ConfigError(
-                f"{target!r} holds {tensors[target][1][0]} experts, but {len(numbers)} are in the checkpoint"
-            )
-    return tensors, places
-
-
-def _parted(source: str, dtype: str, names: Names) -> tuple[str, str, str]:
-    """Module, "weight" or "bias", and the block type of a stored tensor, "" for a dense one."""
-    if names.find(source) is not None:  # a parameter of its own
-        return source, "weight", ""
-    if source.endswith("_bias") and names.find(source.removesuffix("_bias")) is not None:
-        return source.removesuffix("_bias"), "bias", ""
-    module, _, own = source.rpartition(".")
-    if own.upper() in BY_NAME and dtype == "uint8":
-        return module, "weight", own.upper()
-    return module, own, ""
-
-
-def _dense_type(target: str, dtype: str, shape: tuple[int, ...], mix: str) -> str:
-    """llama.cpp computes with vectors, norms and routers in float32; a matrix keeps its dtype, or gets the mix's."""
-    if len(shape) < 2 or NEVER.search(target) or not target.endswith(".weight"):
-        return "F32"
-    return mix if mix in DENSE.values() else DENSE.get(dtype, "F32")
-
-
-def _make(
-    settings: Settings, architecture: Architecture, module: str, own: str, dtype: str | None
-) -> Callable[[Tensor], Tensor]:
-    """`dtype`: of a dense tensor in the file; None for blocks."""
-    heads = 0
-    if module in architecture.turned:
-        heads = int(settings["num_attention_heads"])
-        if module == "attn_k":
-            heads = int(settings.get("num_key_value_heads") or heads)
-    return functools.partial(_changed, heads, module in architecture.shifted and own == "weight", dtype)
-
-
-def _cut(turned: bool, half: int | None, then: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """[.., in, out] -> [.., out, in]; every other row of a stack, from `half` on."""
-    if turned:
-        tensor = tensor.transpose(-1, -2)
-    return then(tensor[:, half::2].contiguous() if half is not None else tensor.contiguous())
-
-
-def _changed(heads: int, shift: bool, dtype: str | None, tensor: Tensor) -> Tensor:
-    """Rows of a head in halves (r * half + i) -> in pairs (2i + r); norms plus one."""
-    if dtype is not None:
-        tensor = (tensor.to(torch.float32) + 1 if shift else tensor).to(getattr(torch, dtype))
-    if heads:
-        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-        tensor = halves.transpose(1, 2).reshape(tensor.shape)
-    return tensor
 
 
 # --- settings -----------------------------------------------------------------------------------------------------------------
@@ -310,12 +158,15 @@ def _values(settings: Settings, architecture: Architecture, rows: int) -> dict[s
             found[key] = _number(key, value)
     if settings.get("use_sliding_window") is False:
         found.pop("attention.sliding_window", None)
-    width = _head_dim(settings)
-    found["attention.key_length"] = found["attention.value_length"] = width
+    if settings.get("num_attention_heads"):
+        found["attention.key_length"] = found["attention.value_length"] = _head_dim(settings)
     found["vocab_size"] = rows
     types = settings.get("layer_types") or []
     if "attention.sliding_window" in found and "full_attention" in types and "sliding_attention" in types:
-        found["attention.sliding_window_pattern"] = types.index("full_attention") + 1
+        period = types.index("full_attention") + 1
+        windows = [kind == "sliding_attention" for kind in types]
+        regular = windows == [(number + 1) % period != 0 for number in range(len(types))]
+        found["attention.sliding_window_pattern"] = period if regular else windows
     return found
 
 
@@ -330,8 +181,7 @@ def _rope(settings: Settings) -> tuple[dict[str, Any], dict[str, list[float]]]:
     if "full_attention" in rope:
         local = rope.get("sliding_attention") or {}
         rope = dict(rope["full_attention"])
-        if local.get("rope_theta", 10_000.0) != 10_000.0:
-            values["rope.freq_base_swa"] = float(local.get("rope_theta", 0.0))
+        values["rope.freq_base_swa"] = float(local.get("rope_theta", 10_000.0))
     theta = float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
     width = int(
         _head_dim(settings) * float(rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0)
@@ -381,7 +231,7 @@ FREE = {
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "swish": "silu"}
 
 
-def _check(made: Bundled, settings: Settings) -> None:
+def _check(made: Bundled, settings: Settings, architecture: Architecture) -> None:
     from transformers import AutoConfig
 
     def info(name: str) -> Any:
@@ -403,8 +253,10 @@ def _check(made: Bundled, settings: Settings) -> None:
     except AnybitError as error:
         raise ConfigError(f"the model does not fit into a GGUF file: {error}. {OTHERWISE}") from error
     settings = {**settings, "head_dim": _head_dim(settings)} if "head_dim" in settings else settings
+    # a type that is written in another's words is compared in what both have
+    free = {*architecture.free, *(("model_type",) if settings["model_type"] in architecture.others else ())}
     for key, value in back.items():
-        if key not in FREE and key in settings and not _alike(settings[key], value):
+        if key not in FREE and key not in free and key in settings and not _alike(settings[key], value):
             _differs(key, settings[key], value)
     for key in ("hidden_act", "hidden_activation"):
         ours, theirs = settings.get(key), back.get(key)

@@ -26,11 +26,13 @@ class Metadata:
         self.path = checkpoint.path
         self.architecture = self.text("general.architecture")
         found = {int(match[1]) for name in self.tensors if (match := BLOCK.match(name))}
-        self.blocks = self.whole("block_count", largest=1 << 16)
-        if found and (max(found) >= self.blocks or len(found) < self.blocks):
-            missing = next((number for number in range(self.blocks) if number not in found), None)
+        total = self.whole("block_count", largest=1 << 16)
+        # the last ones may predict further tokens; they may also be left out
+        self.blocks = total - self.whole("nextn_predict_layers", 0, least=0, largest=total - 1)
+        missing = next((number for number in range(self.blocks) if number not in found), None)
+        if found and (max(found) >= total or missing is not None):
             self.fail(
-                f"{self._key('block_count')} is {self.blocks}, but the tensors belong to blocks up to {max(found)}"
+                f"{self._key('block_count')} is {total}, but the tensors belong to blocks up to {max(found)}"
                 + (f", and block {missing} has none" if missing is not None else "")
             )
 

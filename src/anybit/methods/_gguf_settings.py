@@ -5,6 +5,7 @@ What llama.cpp builds into an architecture rather than storing it is written out
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from anybit.methods._gguf_rope import rope_parameters
 Settings = Callable[[Metadata], dict[str, Any]]
 
 
-def decoder(m: Metadata) -> dict[str, Any]:
-    """What nearly every decoder has."""
+def decoder(m: Metadata, width: int | None = None) -> dict[str, Any]:
+    """What nearly every decoder has. `width`: of the part of a head that is turned, where the metadata says it otherwise."""
     heads = m.uniform("attention.head_count")
     hidden = m.whole("embedding_length")
     shape = m.shape("token_embd.weight")
@@ -29,7 +30,7 @@ def decoder(m: Metadata) -> dict[str, Any]:
         "num_key_value_heads": m.uniform("attention.head_count_kv", heads),
         "max_position_embeddings": m.whole("context_length"),
         "tie_word_embeddings": "output.weight" not in m.tensors,
-        "rope_parameters": rope_parameters(m, head_dim(m)),
+        "rope_parameters": rope_parameters(m, head_dim(m) if width is None else width),
         **{f"{name}_token_id": m.token(own) for name, own in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))},
     }
     return settings
@@ -156,6 +157,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
         "attn_logit_softcapping": m.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": m.number("final_logit_softcapping", 30.0),
         "sliding_window": m.whole("attention.sliding_window", 4096),
+        "layer_types": windows(m, 2),
         "query_pre_attn_scalar": int(scale) if scale == int(scale) else scale,
     }
 
@@ -173,8 +175,20 @@ def gemma3(m: Metadata) -> dict[str, Any]:
         full["rope_theta"] = 1_000_000.0
     local = {"rope_type": "default", "rope_theta": m.number("rope.freq_base_swa", 10_000.0)}
     settings["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
-    settings["layer_types"] = every(m, m.uniform("attention.sliding_window_pattern", 6))
+    settings["layer_types"] = windows(m, 6)
     return settings
+
+
+def windows(m: Metadata, period: int) -> list[str]:
+    """Layer types: which see a window only is stored one by one, or as a period; nothing stored is llama.cpp's `period`."""
+    stored = m.values.get(f"{m.architecture}.attention.sliding_window_pattern")
+    if (
+        isinstance(stored, (list, array))
+        and len(stored) >= m.blocks
+        and all(type(one) in (bool, int) for one in stored)
+    ):
+        return ["sliding_attention" if one else "full_attention" for one in stored[: m.blocks]]
+    return every(m, m.uniform("attention.sliding_window_pattern", period))
 
 
 def every(m: Metadata, period: int) -> list[str]:
@@ -205,7 +219,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
         "num_local_experts": stack["num_experts"],
         "num_experts_per_tok": stack["num_experts_per_tok"],
         "sliding_window": m.whole("attention.sliding_window", 128),
-        "layer_types": every(m, 2),
+        "layer_types": windows(m, 2),
         "attention_bias": True,
     }
 
@@ -254,8 +268,11 @@ def olmoe(m: Metadata) -> dict[str, Any]:
 
 
 def granite(m: Metadata) -> dict[str, Any]:
+    return {**llama(m), **multipliers(m)}
+
+
+def multipliers(m: Metadata) -> dict[str, Any]:
     return {
-        **llama(m),
         "embedding_multiplier": m.number("embedding_scale", 1.0),
         "attention_multiplier": m.number("attention.scale", head_dim(m) ** -0.5),
         "residual_multiplier": m.number("residual_scale", 1.0),
@@ -308,8 +325,24 @@ def olmo(m: Metadata) -> dict[str, Any]:
 
 def cohere2(m: Metadata) -> dict[str, Any]:
     found = {**layer_norm("layer_norm_eps")(m), "logit_scale": m.number("logit_scale"), "head_dim": head_dim(m)}
-    types = every(m, m.uniform("attention.sliding_window_pattern", 4))
-    return {**found, "sliding_window": m.whole("attention.sliding_window"), "layer_types": types}
+    return {**found, "sliding_window": m.whole("attention.sliding_window"), "layer_types": windows(m, 4)}
+
+
+def olmo3(m: Metadata) -> dict[str, Any]:
+    """Only the layers that see everything have stretched frequencies."""
+    found = gated(m)
+    theta = m.number("rope.freq_base_swa", found["rope_parameters"]["rope_theta"])
+    local = {"rope_type": "default", "rope_theta": theta}
+    return {
+        **found,
+        "rope_parameters": {"full_attention": found["rope_parameters"], "sliding_attention": local},
+        "sliding_window": m.whole("attention.sliding_window"),
+        "layer_types": windows(m, 4),
+    }
+
+
+def jais2(m: Metadata) -> dict[str, Any]:
+    return {**layer_norm("layer_norm_eps")(m), "head_dim": head_dim(m), "hidden_act": "relu2"}
 
 
 def glm4(m: Metadata) -> dict[str, Any]:

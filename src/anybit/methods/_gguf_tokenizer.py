@@ -1,53 +1,27 @@
 """The tokenizer inside a GGUF file as the files `AutoTokenizer` reads: tokenizer.json, tokenizer_config.json, chat template.
 
 Two kinds are common: "llama" (SentencePiece's BPE: the best-scored neighbours are joined first; unknown characters become
-bytes) and "gpt2" (BPE over bytes, with merges, after a split that `tokenizer.ggml.pre` names). The chat template is text: it is
-copied, never rendered.
+bytes) and "gpt2" (BPE over bytes, with merges, after a split that `tokenizer.ggml.pre` names, see `_gguf_splits`); for "t5" and
+"bert" see `_gguf_tokenizer_words`. The chat template is text: it is copied, never rendered.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anybit.errors import ConfigError, CorruptFile
 from anybit.methods._gguf_metadata import Metadata
+from anybit.methods._gguf_splits import BEGINS, NFC, SPLITS, WHOLE_WORDS_FIRST
+from anybit.methods._gguf_tokenizer_words import marked_as_theirs, unigram, word_pieces
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_END}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_BEFORE = r"[^\r\n\p{L}\p{N}]?"
-_CASED = rf"{_BEFORE}{_UPPER}*{_LOWER}+%s|{_BEFORE}{_UPPER}+{_LOWER}*%s|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_END}"
-_LLAMA3 = (_WORDS % r"\p{N}{1,3}",)
-_QWEN2 = (_WORDS % r"\p{N}",)
-_GPT4O = (_CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SINGLE_DIGITS = (r"\p{N}", _GPT2)
-
-# tokenizer.ggml.pre -> patterns, each splitting what the one before left
-SPLITS: dict[str, tuple[str, ...]] = {
-    "default": (
-        r"[\p{P}\$\+<=>\^~\|]+",
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-        r"\p{N}+",
-        r"[0-9][0-9][0-9]",
-    ),
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling", "dolma"), (_GPT2,)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _LLAMA3),
-    "pixtral": _LLAMA3,
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "seed-coder"), _QWEN2),
-    **dict.fromkeys(("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), _SINGLE_DIGITS),
-    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
-    "tekken": (_CASED % ("", "", r"\p{N}"),),
+# transformers' name of a special token -> the file's
+SPECIAL = {
+    "bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "cls": "cls", "sep": "seperator", "mask": "mask",
 }  # fmt: skip
-NFC = ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan")
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken", "pixtral")
-_BEGINS = ("llama-bpe", "llama3", "llama-v3", "tekken", "chatglm-bpe")
 
 
 @dataclass(frozen=True)
@@ -67,6 +41,10 @@ class TokenizerFiles:
     add_space_prefix: bool
     template: str | None
     context: int
+    merge_spaces: bool = True  # Unigram: spaces at the ends go, others become one
+    characters: Sequence[int] = ()  # Unigram: a table of replaced characters
+    lowercase: bool = True  # WordPiece
+    strip_accents: bool | None = None
 
     @classmethod
     def of(cls, m: Metadata) -> TokenizerFiles:
@@ -75,11 +53,7 @@ class TokenizerFiles:
         if not kind or not m.has("tokenizer.ggml.tokens"):
             return cls(str(m.path), "", "", (), (), (), (), {}, None, False, False, None, 0)
         tokens = m.texts("tokenizer.ggml.tokens")
-        special = {
-            name: number
-            for name, own in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-            if (number := m.token(own, len(tokens))) is not None
-        }
+        special = {name: number for name, own in SPECIAL.items() if (number := m.token(own, len(tokens))) is not None}
         return cls(
             str(m.path),
             kind,
@@ -90,10 +64,16 @@ class TokenizerFiles:
             m.texts("tokenizer.ggml.merges") if m.has("tokenizer.ggml.merges") else (),
             special,
             m.flag("tokenizer.ggml.add_bos_token", False) if m.has("tokenizer.ggml.add_bos_token") else None,
-            m.flag("tokenizer.ggml.add_eos_token", False),
+            m.flag("tokenizer.ggml.add_eos_token", kind == "t5"),
             m.flag("tokenizer.ggml.add_space_prefix", True),
             m.text("tokenizer.chat_template", "") or None,
             m.whole("context_length"),
+            m.flag("tokenizer.ggml.remove_extra_whitespaces", False),
+            m.numbers("tokenizer.ggml.precompiled_charsmap", ()),
+            m.flag("tokenizer.ggml.normalizer.lowercase", True),
+            m.flag("tokenizer.ggml.normalizer.strip_accents", True)
+            if m.has("tokenizer.ggml.normalizer.strip_accents")
+            else None,
         )
 
     @classmethod
@@ -101,14 +81,15 @@ class TokenizerFiles:
         """From metadata that this library made."""
         special = {
             name: values[f"tokenizer.ggml.{own}_token_id"]
-            for name, own in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+            for name, own in SPECIAL.items()
             if f"tokenizer.ggml.{own}_token_id" in values
         }
         get = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in values.items()}.get
         return cls(
             path, get("model", ""), get("pre", "default"), get("tokens", ()), get("token_type", ()), get("scores", ()),
             get("merges", ()), special, get("add_bos_token"), get("add_eos_token", False), get("add_space_prefix", True),
-            get("chat_template"), context,
+            get("chat_template"), context, get("remove_extra_whitespaces", False), get("precompiled_charsmap", ()),
+            get("normalizer.lowercase", True), get("normalizer.strip_accents"),
         )  # fmt: skip
 
     def __call__(self) -> dict[str, bytes]:
@@ -126,11 +107,12 @@ class TokenizerFiles:
                 f"{self.path}: tokenizer.ggml.model is {self.kind!r}; {', '.join(sorted(_MAKERS))} are understood. "
                 "Pass a tokenizer of your own"
             )
-        tokenizer = made(self)
-        self._mark(tokenizer)
+        own = replace(self, tokens=marked_as_theirs(self.tokens, self.types)) if self.kind == "bert" else self
+        tokenizer = made(own)
+        own._mark(tokenizer)
         files = {
             "tokenizer.json": tokenizer.to_str().encode(),
-            "tokenizer_config.json": (json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n").encode(),
+            "tokenizer_config.json": (json.dumps(own._config(), indent=2, ensure_ascii=False) + "\n").encode(),
         }
         if self.template is not None:
             files["chat_template.jinja"] = self.template.encode(errors="surrogatepass")
@@ -152,7 +134,7 @@ class TokenizerFiles:
         """Whether a text begins with the BOS token; llama.cpp's choice where the file says nothing."""
         if self.add_bos is not None:
             return self.add_bos
-        return self.kind == "llama" or self.pre in _BEGINS
+        return self.kind in ("llama", "bert") or self.pre in BEGINS
 
     def _mark(self, tokenizer: Any) -> None:
         """Special tokens, and what is put before and after a text."""
@@ -165,13 +147,16 @@ class TokenizerFiles:
             AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(control) if token
         ])  # fmt: skip
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in own])
+        ends = {"bos": self.begins, "eos": self.add_eos}
+        if self.kind == "bert":  # with names of their own
+            ends = {"cls" if "cls" in self.special else "bos": self.begins, "sep": True}
         around = {
             name: self.tokens[self.special[name]]
-            for name, wanted in (("bos", self.begins), ("eos", self.add_eos))
+            for name, wanted in ends.items()
             if wanted and self.special.get(name, len(self.tokens)) < len(self.tokens)
         }
         if around:
-            before, after = around.get("bos"), around.get("eos")
+            before, after = around.get("bos") or around.get("cls"), around.get("eos") or around.get("sep")
             single = [*([before] if before else []), "$A", *([after] if after else [])]
             pair = [*single, *([f"{before}:1"] if before else []), "$B:1", *([f"{after}:1"] if after else [])]
             template = processors.TemplateProcessing(
@@ -272,4 +257,4 @@ def _merges(files: TokenizerFiles, vocabulary: dict[str, int]) -> list[tuple[str
     return [entry[3:] for entry in found]
 
 
-_MAKERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_MAKERS = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": unigram, "bert": word_pieces}

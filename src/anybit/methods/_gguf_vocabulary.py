@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from anybit.errors import ConfigError
+from anybit.methods._gguf_splits import NFC, OLD, SPLITS, WHOLE_WORDS_FIRST
 from anybit.methods._gguf_tokenizer import (
     BYTE,
     CONTROL,
-    NFC,
     NORMAL,
-    SPLITS,
+    SPECIAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    WHOLE_WORDS_FIRST,
     TokenizerFiles,
     splitter,
 )  # fmt: skip
+from anybit.methods._gguf_tokenizer_words import unigram_values, word_piece_values
 
 Read = Callable[[str], "bytes | None"]
 # tried first: the names whose rules llama.cpp knows best
@@ -33,7 +33,7 @@ PROBES = (
 
 
 def vocabulary(read: Read, rows: int, context: int) -> dict[str, Any]:
-    """tokenizer.* metadata for an embedding of `rows`. ConfigError for a tokenizer that GGUF's two common kinds cannot be."""
+    """tokenizer.* metadata for an embedding of `rows`. ConfigError for a tokenizer that GGUF's kinds cannot be."""
     raw = read("tokenizer.json")
     if raw is None:
         if read("tokenizer.model") is not None:
@@ -47,8 +47,11 @@ def vocabulary(read: Read, rows: int, context: int) -> dict[str, Any]:
     theirs, state = Tokenizer.from_str(raw.decode()), json.loads(raw)
     config = json.loads(read("tokenizer_config.json") or b"{}")
     model = state["model"]
-    if model.get("type") != "BPE":
-        _refuse(f"its model is {model.get('type')!r}; BPE is written, of bytes or of SentencePiece's kind")
+    kind = model.get("type")
+    if kind not in ("BPE", "Unigram", "WordPiece"):
+        _refuse(
+            f"its model is {kind!r}; BPE is written, of bytes or of SentencePiece's kind, Unigram and BERT's WordPiece"
+        )
     tokens = {number: token for token, number in theirs.get_vocab().items()}
     if tokens and max(tokens) >= rows:
         _refuse(
@@ -66,9 +69,22 @@ def vocabulary(read: Read, rows: int, context: int) -> dict[str, Any]:
         else USER_DEFINED
         for number in range(rows)
     ]
-    values: dict[str, Any] = {"tokenizer.ggml.model": "llama" if model.get("byte_fallback") else "gpt2"}
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    if model.get("byte_fallback"):
+    values: dict[str, Any] = {}
+    forms: list[dict[str, Any]] = [{}]
+    if kind == "BPE":
+        values["tokenizer.ggml.model"] = "llama" if model.get("byte_fallback") else "gpt2"
+        merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if kind == "Unigram":
+        forms = unigram_values(state, texts, kinds, _refuse)
+        kinds[model["unk_id"]] = UNKNOWN
+    elif kind == "WordPiece":
+        unknown = theirs.token_to_id(model.get("unk_token") or "")
+        if unknown is None:
+            _refuse("its WordPiece model names no unknown token")
+        kinds[unknown] = kinds[unknown] if kinds[unknown] == CONTROL else UNKNOWN
+        values["tokenizer.ggml.unknown_token_id"] = unknown
+        forms = word_piece_values(state, texts, kinds, _refuse)
+    elif model.get("byte_fallback"):
         unknown = model.get("unk_token")
         for number, text in enumerate(texts):
             if text == unknown:
@@ -84,7 +100,7 @@ def vocabulary(read: Read, rows: int, context: int) -> dict[str, Any]:
     values["tokenizer.ggml.tokens"] = texts
     values["tokenizer.ggml.token_type"] = array("i", kinds)
     place = theirs.get_vocab()
-    for own, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for own, name in SPECIAL.items():
         found = config.get(f"{own}_token")
         content = found.get("content") if isinstance(found, Mapping) else found
         if isinstance(content, str) and content in place:
@@ -96,8 +112,12 @@ def vocabulary(read: Read, rows: int, context: int) -> dict[str, Any]:
     chosen = template.decode(errors="surrogateescape") if template is not None else _template(config)
     if chosen:
         values["tokenizer.chat_template"] = chosen
-    _check(theirs, values, context)
-    return values
+    if kind == "WordPiece":
+        values |= {"tokenizer.ggml.add_bos_token": whole[:1] != bare[:1], "tokenizer.ggml.add_eos_token": False}
+    differences = [_difference(theirs, {**values, **form}, context) for form in forms]
+    if None not in differences:
+        _refuse(str(differences[0]))
+    return {**values, **forms[differences.index(None)]}
 
 
 def _refuse(why: str) -> NoReturn:
@@ -119,7 +139,7 @@ def _pre(theirs: Any, state: Mapping[str, Any]) -> str:
     composed = '"NFC"' in json.dumps(state.get("normalizer"))
     whole = bool(state["model"].get("ignore_merges"))
     wanted = [theirs.pre_tokenizer.pre_tokenize_str(probe) for probe in PROBES]
-    for name in dict.fromkeys((*PREFERRED, *SPLITS)):
+    for name in (name for name in dict.fromkeys((*PREFERRED, *SPLITS)) if name not in OLD):
         if (name in NFC) == composed and (name in WHOLE_WORDS_FIRST) == whole:
             ours = splitter(name)
             if all(ours.pre_tokenize_str(probe) == pieces for probe, pieces in zip(PROBES, wanted, strict=True)):
@@ -137,13 +157,14 @@ def _template(config: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _check(theirs: Any, values: Mapping[str, Any], context: int) -> None:
-    """What a reader makes of it gives the same tokens."""
+def _difference(theirs: Any, values: Mapping[str, Any], context: int) -> str | None:
+    """What a reader makes of it that gives other tokens; None when all are the same."""
     from tokenizers import Tokenizer
 
-    ours = Tokenizer.from_str(TokenizerFiles.from_values("the new file", values, context)()["tokenizer.json"].decode())
+    files = TokenizerFiles.from_values("the new file", values, context)()
+    ours = Tokenizer.from_str(files["tokenizer.json"].decode())
     for probe in PROBES:
         if ours.encode(probe).ids != theirs.encode(probe).ids:
-            _refuse(
-                f"read back, it gives {ours.encode(probe).tokens[:12]} for {probe[:30]!r}, not {theirs.encode(probe).tokens[:12]}"
-            )
+            found, wanted = ours.encode(probe).tokens[:12], theirs.encode(probe).tokens[:12]
+            return f"read back, it gives {found} for {probe[:30]!r}, not {wanted}"
+    return None

@@ -209,22 +209,23 @@ class GgufHfQuantizer(HfQuantizer):
         self._facts = None
         if self.pre_quantized:
             return
-        from anybit.methods._gguf_file import EXPERTS, Names, architecture_of, standard
+        from anybit.methods._gguf_file import architecture_of, standard
         from anybit.methods._gguf_mixes import Facts
+        from anybit.methods._gguf_places import Names, experts_of
 
         if self.quantization_config.imatrix is not None and self._importance is None:
             raise ConfigError("an imatrix counts when a dense model is quantized; leave it out of a conversion")
         settings = model.config.to_dict()
-        found = architecture_of(str(settings.get("model_type")))
+        found = architecture_of(settings)
         if found is None:  # such a model is never written to a file, but its layers may have blocks
             return
         settings = standard(settings)
-        heads = int(settings["num_attention_heads"])
+        heads = int(settings.get("num_attention_heads") or 1)
         self._names = Names(found[1])
         self._facts = Facts(
             self.quantization_config.mix or DEFAULT, found[0], int(settings["num_hidden_layers"]),
             heads // int(settings.get("num_key_value_heads") or heads),
-            next((int(settings[key]) for key in EXPERTS if settings.get(key)), 0),
+            experts_of(settings),
             bool(settings.get("tie_word_embeddings")), self._importance is not None or self.calibrated,
         )  # fmt: skip
 
@@ -273,6 +274,9 @@ class GgufHfQuantizer(HfQuantizer):
         from anybit.methods._gguf_layout import GgufLayout
 
         if not self.should_convert(module):
+            return None
+        if self._facts is not None and (reason := self._names.dense(module.name)) is not None:
+            self.skip_reasons[module.name] = reason
             return None
         where = self._names.find(module.name) if self._facts is not None else None
         name = f"{where[0]}.weight" if where is not None else None
