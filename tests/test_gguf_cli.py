@@ -48,7 +48,7 @@ def test_an_importance_matrix_is_made_and_used(cli: Any, little: Path, tmp_path:
     assert re.search(r"^written +.*im\.gguf$", out, re.MULTILINE)
     with Checkpoint.open(file) as matrix:
         assert matrix.values["imatrix.chunk_count"] == 2
-        assert matrix.tensors["blk.0.ffn_down.weight.in_sum2"].shape == (1, 704)
+        assert matrix.tensors["blk.0.ffn_down.weight.in_sum2"].shape == (1, 768)
     code, _, err = cli(*arguments, "-q")
     assert code == 7, err
     assert "--force" in err
@@ -73,13 +73,11 @@ def test_parts_and_the_other_order_of_bytes(cli: Any, little: Path, tmp_path: Pa
     assert parts[0].endswith(f"-Q8_0-00001-of-{len(parts):05}.gguf")
     assert next((tmp_path / "big").iterdir()).read_bytes()[4:8] == b"\0\0\0\3"
     texts = []
-    for path in (tmp_path / "one", tmp_path / "parts" / parts[0], tmp_path / "parts", tmp_path / "big"):
-        code, out, err = cli("run", path, "-p", "The old man", "--max-new-tokens", 4, "-q")
+    split = tmp_path / "parts"
+    for path in (tmp_path / "one", split, split / parts[0], split / parts[1], tmp_path / "big"):
+        code, out, err = cli("run", path, "-p", "The old man", "--max-new-tokens", 4, "--greedy", "-q")
         assert code == 0, err
         texts.append(out)
     assert len(set(texts)) == 1
-    code, _, err = cli("run", tmp_path / "parts" / parts[1], "-p", "The old man", "-q")
-    assert code != 0
-    assert "00001" in err
     code, _, err = cli("quantize", little, "-o", tmp_path / "odd", *chosen, "--set", "big_endian=yes")
     assert (code, "big_endian" in err) == (3, True)
