@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anybit.errors import InvalidOption
 from anybit.kernels._codebooks import is_codebook
-from anybit.kernels._grids import TABLE, Refused, Workspace, grid_program, rounds_inputs
+from anybit.kernels._grids import E4M3, E5M2, TABLE, Refused, Workspace, grid_program, rounds_inputs
 from anybit.kernels._programs import Program, ProgramKernel, any_leaf, form_of, readable
 from anybit.kernels.cpu import native, outliers
 from anybit.kernels.cpu.books import VECTORS, codebook_program
@@ -183,7 +183,10 @@ class Leaf(Program):
         if book is not None:
             self.many = native.MANY_PAIRS if book["vector"] == [1, 2] else native.MANY_VECTORS
         else:
-            self.many = native.MANY_ROUNDED if one_by_one else native.MANY
+            small_floats = grid["levels"] in (E4M3, E5M2)
+            self.many = native.MANY_SMALL_FLOATS if small_floats else native.MANY
+            if one_by_one:
+                self.many = native.MANY_ROUNDED
 
     def pointers(self, tensors: list[Tensor], expert: int) -> native.Tensors:
         found = [None if slot is None else tensors[slot[0]].data_ptr() + expert * slot[1] for slot in self.slots]

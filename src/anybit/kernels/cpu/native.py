@@ -21,8 +21,9 @@ from anybit.errors import InvalidOption, did_you_mean
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
-# 4096 x 4096: 26 for int4, 28 for NF4, 18 for int8, 5 where each weight is rounded by itself; codebooks 8 to 12, pairs 24.
-MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS = 28, 6, 9, 20
+# 4096 columns: 8 to 13 for integers and small tables, 12 (bfloat16) to 30 (float32) for 8-bit floats, 5 where each weight is
+# rounded by itself; codebooks 8 to 12, pairs 24.
+MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS, MANY_SMALL_FLOATS = 12, 6, 9, 20, 20
 ABI = 8  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
