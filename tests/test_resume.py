@@ -63,8 +63,8 @@ def test_killed_at_random_moments_the_bytes_stay_the_same(tmp_path: Path) -> Non
     sys.modules["kill_and_resume"] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
     outcome = script.kill_at_random(tmp_path, kills=3, seed=1)
-    assert outcome.kills == 3
-    assert outcome.states > 0
+    assert outcome.kills >= 3
+    assert outcome.states >= 1
 
 
 @pytest.mark.parametrize(
