@@ -140,6 +140,17 @@ def test_untrained_it_is_rounding_by_its_own_ranges(config: Any) -> None:
     assert torch.equal(made, wanted)
 
 
+def test_symmetric_ranges_use_the_lowest_code_in_every_format() -> None:
+    dense = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    layout = layout_of(GPTQConfig(bits=2, group_size=32))
+    known = {name: value for name, value in layout.algorithm_options().items() if name == "ranges"}
+    rounding = autoround.Rounding(dense, layout.scheme(), symmetric=layout.symmetric, **known)
+    rounding.keep()
+    tree = rounding.weight().tree
+    assert tree.codes.integers().unique().tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert bool((tree.scale.dense() < 0).any())  # type: ignore[union-attr]
+
+
 def test_training_lowers_the_error_of_a_layer_below_nearest() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(64, 128, generator=generator)
@@ -156,7 +167,7 @@ def test_training_lowers_the_error_of_a_layer_below_nearest() -> None:
     assert history[0] == pytest.approx(first)
     stored = layout.decode(layout.encode(rounding.weight())).to_dense(torch.float32)
     found = (x @ stored.T - wanted).pow(2).mean().item()
-    assert found == pytest.approx(min(history), rel=1e-3)  # the best seen, and codes stand for what was trained
+    assert found <= 1.001 * min(history)  # the best seen or what the last step led to; codes stand for what was trained
     assert found < 0.6 * first
 
 

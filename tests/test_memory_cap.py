@@ -16,6 +16,7 @@ import transformers
 
 import anybit
 from anybit import BitsAndBytesConfig, GPTQConfig
+from anybit.engine import forecast
 from anybit.errors import InvalidOption
 
 TOKENS = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -107,6 +108,26 @@ def test_a_forecast_comes_first_and_can_end_the_run(tmp_path: Path) -> None:
         assert told[-1].seconds > 0
     anybit.quantize(source, tmp_path / "out", GPTQConfig(bits=4, group_size=32))
     written = size(tmp_path / "out")
-    for forecast in told:
-        assert forecast.bytes_read == pytest.approx(size(source), rel=0.02)
-        assert forecast.bytes_written == pytest.approx(written, rel=0.02)
+    for ahead in told:
+        assert ahead.bytes_read == pytest.approx(size(source), rel=0.02)
+        assert ahead.bytes_written == pytest.approx(written, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [("gptq", {}), ("awq", {}), ("smoothquant", {}), ("autoround", {"steps": 7}), ("awq+gptq", {"mse": 2.4})],
+)
+def test_every_algorithm_is_foretold_what_it_computes(
+    algorithm: str, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With speeds that are given, the time is theirs: a step of training is a step, a ratio of AWQ a rounding."""
+    speed = forecast._Speed(product=1.0, number=1e-30, step=1e-30)
+    monkeypatch.setattr(forecast._Speed, "measured", staticmethod(lambda: speed))
+    monkeypatch.setattr(forecast, "_seconds_each", lambda ready, wanted: 0.0)
+    source = llama(tmp_path / "source", 1, hidden=64)
+    told: list[Any] = []
+    options = {"calibration": TOKENS, "algorithm": algorithm, "algorithm_options": arguments, "announce": told.append}
+    anybit.quantize(source, tmp_path / "out", GPTQConfig(bits=4, group_size=32), **options)
+    forward = 2.0 * 7 * 64 * 64 * TOKENS.numel()  # seven matrices of one block
+    passes = {"gptq": 6, "awq": 6 + 2 * 21, "smoothquant": 6, "autoround": 6 + 7 * 3, "awq+gptq": 6 + 2 * 21}[algorithm]
+    assert passes * forward <= told[0].seconds <= 1.6 * passes * forward

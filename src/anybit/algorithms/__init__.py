@@ -12,6 +12,9 @@ NotRepresentable, naming the node.
 With calibration data there are two more kinds. A rounding that is trained has `Rounding` and `tune` (autoround.py). A folding
 has `candidates(weights, inputs, largest, group)`: scales [in] for matrices that share an input, whose inverse goes into what
 makes that input; it comes before a rounding: "awq" (then the layout's own rounding), "awq+gptq", "smoothquant+gptq".
+A calibrated one may say ahead of a run what it computes for a matrix, `cost(rows, columns, samples, length, **options) -> Cost`,
+and what it holds at once beside one matrix, `memory(weights, widths, samples, length, **options) -> bytes`: of a block with so
+many weights, whose matrices' inputs and outputs are together so wide.
 """
 
 from __future__ import annotations
@@ -55,6 +58,18 @@ def get(name: str) -> Callable[..., Weight]:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What calibrating one matrix takes beside passes over its block. `products`: operations of matrix products; `numbers`:
+    how many numbers element-wise passes go over; `steps`: small operations, one after the other; `roundings`: how often the
+    matrix is rounded to nearest."""
+
+    products: float = 0.0
+    numbers: float = 0.0
+    steps: float = 0.0
+    roundings: float = 0.0
+
+
+@dataclass(frozen=True)
 class Steps:
     """What is done to a block: weights are rescaled by `foldings`, then rounded. `rounding` None: as their layout does."""
 
@@ -82,6 +97,12 @@ def steps(name: str) -> Steps:
 def module(name: str) -> ModuleType:
     """The file of one algorithm."""
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def modules(name: str | None) -> list[ModuleType]:
+    """The files of all steps of "a+b+c"."""
+    found = Steps((), None) if name is None else steps(name)
+    return [module(own) for own in (*found.foldings, found.rounding) if own is not None]
 
 
 def _foldings() -> list[str]:

@@ -4,7 +4,8 @@
     scale, zero from low * a, high * b          a, b in [0, 1] for each group
 
 so that the quantized block, fed with what quantized blocks before it give, comes close to what the dense block made of dense
-inputs. 200 steps, each moves every number by the learning rate, which falls from 1 / steps to 0; the best ones seen are kept.
+inputs. 200 steps, each moves every number by the learning rate, which falls from 1 / steps to 0. Of the best step and the last,
+the better one over all samples is kept: the best was so on few of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from anybit.algorithms import rtn
+from anybit.algorithms import Cost, rtn
 from anybit.errors import NotRepresentable
 from anybit.weight import Codes, Grid, Values, Weight
 
@@ -36,8 +37,10 @@ class Rounding:
 
     def __post_init__(self) -> None:
         self.grid = _checked(self.dense, self.target)
-        one_sided = self.symmetric or (self.grid.zero is None and self.grid.offset is None)
-        self.rule = self.ranges or (_signed(self.grid) if one_sided else rtn._spanning(self.grid, False))
+        if self.symmetric or (self.grid.zero is None and self.grid.offset is None and self.ranges is None):
+            self.rule = _signed(self.grid)  # uses the lowest code too, which at 2 bits is a quarter of them
+        else:
+            self.rule = self.ranges or rtn._spanning(self.grid, False)
         assert self.grid.scale is not None
         columns = self.dense.shape[1]
         self.size = self.grid.block[1] if self.grid.scale.shape[1] > 1 else columns
@@ -107,12 +110,16 @@ def tune(
     batch: int = BATCH,
     seed: int = 0,
 ) -> Iterator[float]:
-    """Train them together: `loss(rows)` is the block's error on the samples of these numbers. Gives each step's loss."""
+    """Train them together: `loss(rows)` is the block's mean error on the samples of these numbers. Gives each step's loss."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for rounding in roundings for parameter in rounding.parameters]
     least = float("inf")
+    batch = min(batch, samples)
+    waiting = torch.empty(0, dtype=torch.int64)  # every sample comes once before one comes again
     for step in range(steps):
-        rows = torch.randperm(samples, generator=generator)[: min(batch, samples)]
+        if len(waiting) < batch:
+            waiting = torch.randperm(samples, generator=generator)
+        rows, waiting = waiting[:batch], waiting[batch:]
         error = loss(rows)
         now = float(error.detach())
         if not now < float("inf"):
@@ -130,6 +137,34 @@ def tune(
                 if gradient is not None:
                     parameter.sub_(gradient.sign_(), alpha=rate)
         yield now
+    last = [parameter.detach().clone() for parameter in parameters]
+    error_of_last = _whole(loss, samples, batch)
+    with torch.no_grad():
+        for parameter, best in zip(parameters, [best for own in roundings for best in own.best], strict=True):
+            parameter.copy_(best)
+        if error_of_last < _whole(loss, samples, batch):
+            for parameter, own in zip(parameters, last, strict=True):
+                parameter.copy_(own)
+    for rounding in roundings:
+        rounding.keep()
+
+
+def _whole(loss: Callable[[Tensor], Tensor], samples: int, batch: int) -> float:
+    """The error over all samples."""
+    with torch.no_grad():
+        parts = torch.arange(samples).split(batch)
+        return sum(float(loss(rows)) * len(rows) for rows in parts) / samples
+
+
+def cost(rows: int, columns: int, samples: int, length: int, *, steps: int = STEPS, batch: int = BATCH) -> Cost:
+    """Each step: the product, its gradients by input and weight, and about ninety passes over the numbers that are trained."""
+    products = 6.0 * rows * columns * min(batch, samples) * length
+    return Cost(steps * products, steps * 90.0 * rows * columns)
+
+
+def memory(weights: int, widths: int, samples: int, length: int, *, batch: int = BATCH) -> int:
+    """What is trained with its gradients, the best and the last of it, and what one step keeps for its gradients."""
+    return 4 * (8 * weights + min(batch, samples) * length * widths)
 
 
 def _through(meant: Tensor, stored: Tensor) -> Tensor:

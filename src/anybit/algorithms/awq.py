@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from anybit.algorithms import Cost
+
 RATIOS = 20
 SHRINK, SHRINK_STEPS = 0.5, 20  # bounds of 1, 0.95 ... 0.55 of the largest magnitude
 CLIP_TOKENS = 512
@@ -72,3 +74,11 @@ def clipped(weight: Tensor, x: Tensor, group: int, rounded: Callable[[Tensor], T
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)
     return torch.minimum(torch.maximum(groups, -best), best).flatten(1)
+
+
+def cost(rows: int, columns: int, samples: int, length: int) -> Cost:
+    """Every ratio and every bound rounds the matrix, and runs what it belongs to: about twice its own product."""
+    tokens, bounds = samples * length, SHRINK * SHRINK_STEPS
+    judged, clipped = min(tokens, 8192), min(tokens, CLIP_TOKENS)
+    products = 2.0 * rows * columns * (2 * (RATIOS + 1) * judged + bounds * clipped)
+    return Cost(products, roundings=RATIOS + 1 + bounds)

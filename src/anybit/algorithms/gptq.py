@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybit.algorithms import rtn
+from anybit.algorithms import Cost, rtn
 from anybit.errors import InvalidOption, NotRepresentable
 from anybit.weight import Codes, Grid, Weight
 
@@ -88,6 +88,12 @@ def quantize(
     parameters: dict[str, Any] = rtn._stored(grid, rtn.Range(**found))
     packed = Codes.of(codes, grid.codes.bits, grid.codes.signed)
     return Weight(replace(grid, codes=packed, group_index=index, **parameters), target.dtype, target.activation)
+
+
+def cost(rows: int, columns: int, samples: int, length: int, *, mse: float = 0.0) -> Cost:
+    """Three factorizations, the corrections of later columns, and some small operations for each column."""
+    searched = len(SHRINKING) * 8.0 * rows * columns if mse > 0 else 0.0
+    return Cost(2.0 * rows * columns**2 + 4.0 * columns**3, searched + BLOCK * rows * columns, 20.0 * columns)
 
 
 def _checked(dense: Tensor, target: Weight, order: str, static_groups: bool) -> Grid:

@@ -8,17 +8,17 @@ were fitted to the peaks that the operating system counted; a test holds a run t
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anybit import algorithms
 from anybit.engine.calibration import find_blocks
 from anybit.engine.load import Prepared
-from anybit.engine.materialize import make_weight
 from anybit.engine.plan import Entry
 from anybit.errors import InvalidOption
 
@@ -27,8 +27,6 @@ FIXED_BYTES = 16 << 20  # buffers of libraries, the allocator's free pages
 MATRIX_COPIES = 5  # float32 copies of the largest matrix: dense, reordered, rounded, codes, decoded
 MOMENT_COPIES = 5  # a second moment, its damped and reordered copies, its factors
 ACTIVATION_COPIES = 6  # of the widest activation of one batch, float32
-PASSES = 6  # forward passes over a block: one for each of four inputs, one that finds them, one to go on
-STEPS_OF_A_COLUMN = 6  # small operations for each column that is rounded
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,21 @@ class Budget:
     batch: int
 
 
-def budget(ready: Prepared, tokens: Tensor | None, max_memory: int | None) -> Budget:
+def budget(
+    ready: Prepared,
+    tokens: Tensor | None,
+    max_memory: int | None,
+    algorithm: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Budget:
     """The memory of a run, with the largest batch that the cap allows. InvalidOption names the smallest cap that works."""
     wanted = [entry for entry in ready.plan.entries if entry.action == "quantize"]
-    choices = [_calibrated(ready, wanted, tokens, batch) for batch in (BATCH, 2, 1)] if tokens is not None else []
+    choices = []
+    if tokens is not None:
+        assert ready.quantizer is not None
+        used = algorithms.modules(algorithm or ready.quantizer.calibrated_algorithm)
+        held = functools.partial(_held, used, tuple(tokens.shape), options or {})
+        choices = [_calibrated(ready, wanted, tokens, batch, held) for batch in (BATCH, 2, 1)]
     choices = choices or [Budget(_each(ready, wanted), BATCH)]
     if max_memory is None:
         return choices[0]
@@ -64,7 +73,17 @@ def _each(ready: Prepared, wanted: Iterable[Entry]) -> int:
     return FIXED_BYTES + max([*stored, *(entry.bytes_stored for entry in ready.plan.entries), 0]) + max([*matrices, 0])
 
 
-def _calibrated(ready: Prepared, wanted: list[Entry], tokens: Tensor, batch: int) -> Budget:
+def _held(modules: list[Any], shape: tuple[int, ...], options: Mapping[str, Any], entries: list[Entry]) -> int:
+    """What the algorithms hold of a whole block, in bytes: the most of them."""
+    weights = sum(torch.Size(entry.slot.shape).numel() for entry in entries)
+    widths = sum(sum(entry.slot.shape[-2:]) for entry in entries)
+    own = [module.memory for module in modules if hasattr(module, "memory")]
+    return max([memory(weights, widths, *shape, **algorithms.accepted(memory, options)) for memory in own], default=0)
+
+
+def _calibrated(
+    ready: Prepared, wanted: list[Entry], tokens: Tensor, batch: int, held: Callable[[list[Entry]], int]
+) -> Budget:
     prefix, blocks = find_blocks(ready.model)
     itemsize = ready.plan.dtype.itemsize
     needs = []
@@ -78,7 +97,7 @@ def _calibrated(ready: Prepared, wanted: list[Entry], tokens: Tensor, batch: int
         widest = max([max(entry.slot.shape[-2:]) for entry in own], default=0)
         activations = batch * tokens.shape[1] * widest * 4 * ACTIVATION_COPIES
         # stored bytes are read twice: for the forward pass, and matrix by matrix in float32
-        needs.append(2 * weights + moment + _largest(own) + activations)
+        needs.append(2 * weights + moment + _largest(own) + activations + held(own))
     return Budget(max([FIXED_BYTES + max(needs), _each(ready, wanted)]), batch)
 
 
@@ -96,71 +115,3 @@ def _experts(entry: Entry) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / (1 << 20):.0f} MiB"
-
-
-def bytes_written(jobs: Iterable[Any]) -> int:
-    """Of all tensors that the jobs announce."""
-    return sum(
-        torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-        for job in jobs
-        for dtype, shape in job.specs.values()
-    )
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a run will take. `seconds` is rough: from a sample of this machine's speed."""
-
-    seconds: float
-    memory_bytes: int
-    bytes_read: int
-    bytes_written: int
-    hidden_bytes: int = 0  # of hidden states on disk at one time, beside the result
-    batch: int = BATCH
-
-
-def forecast(ready: Prepared, tokens: Tensor | None, own: Budget, jobs: Iterable[Any]) -> Forecast:
-    """Size and memory from headers; time from one product, or from the smallest weight, on this machine."""
-    wanted = [entry for entry in ready.plan.entries if entry.action == "quantize"]
-    read = sum(entry.bytes_stored for entry in ready.plan.entries)
-    if tokens is None:
-        return Forecast(_seconds_each(ready, wanted), own.needed, read, bytes_written(jobs))
-    width = max((entry.slot.shape[-1] for entry in wanted), default=0)
-    hidden = 2 * tokens.numel() * width * ready.plan.dtype.itemsize
-    return Forecast(_seconds_calibrated(wanted, tokens), own.needed, read, bytes_written(jobs), hidden, own.batch)
-
-
-def _seconds_each(ready: Prepared, wanted: list[Entry]) -> float:
-    units = [
-        (torch.Size(part.layout.shape).numel(), entry, part) for entry in wanted for part in entry.parts if part.layout
-    ]
-    if not units:
-        return 0.0
-    size, entry, part = min(units, key=lambda unit: unit[0])
-    if part.layout is None or part.layout.algorithm is None:
-        return 0.0
-    begin = time.perf_counter()
-    part.layout.encode(make_weight(ready.model, entry, part, ready.checkpoint))
-    return (time.perf_counter() - begin) / size * sum(unit[0] for unit in units)
-
-
-def _seconds_calibrated(wanted: list[Entry], tokens: Tensor) -> float:
-    """Forward passes (one for each group of layers, one to go on), second moments, and a factorization for each matrix."""
-    square = torch.rand(512, 512)
-    square @ square
-    begin = time.perf_counter()
-    for _ in range(4):
-        square @ square
-    each = (time.perf_counter() - begin) / 4 / (2 * 512**3)  # seconds of one operation
-    begin = time.perf_counter()
-    for _ in range(256):
-        square[0].add(square[1]).mul(square[2])
-    step = (time.perf_counter() - begin) / 256
-    operations = steps = 0.0
-    for entry in wanted:
-        rows, columns = entry.slot.shape[-2:]
-        experts = _experts(entry)
-        operations += 2 * rows * columns * tokens.numel() * PASSES + columns * columns * tokens.numel()
-        operations += experts * (2 * rows * columns * columns + 4 * columns**3)
-        steps += experts * columns
-    return operations * each + steps * step * STEPS_OF_A_COLUMN

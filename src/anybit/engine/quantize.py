@@ -14,9 +14,10 @@ from torch import Tensor
 
 from anybit.containers import Checkpoint
 from anybit.containers.shards import parse_size
-from anybit.engine.budget import Forecast, budget, forecast
+from anybit.engine.budget import budget
 from anybit.engine.bundling import bundle_for, write_bundle
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens
+from anybit.engine.forecast import Forecast, forecast
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.lora_start import ITERATIONS, RANK, Start
@@ -112,7 +113,7 @@ def quantize(
             calibration, ready.folder, samples=samples or asked[0] or SAMPLES, length=sequence_length or asked[1] or LENGTH,
             seed=seed, tokenizer=tokenizer,
         )  # fmt: skip
-        own = budget(ready, tokens, cap)
+        own = budget(ready, tokens, cap, algorithm, algorithm_options)
         jobs, done = calibrated_jobs(
             ready, tokens, algorithm, torch.device(device), None if keep else ready.plan.dtype, algorithm_options, work, own.batch
         )  # fmt: skip
@@ -134,7 +135,7 @@ def quantize(
     if not keep:
         config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
     jobs = _once(jobs)
-    if announce is not None and not announce(forecast(ready, tokens, own, jobs)):
+    if announce is not None and not announce(forecast(ready, tokens, own, jobs, algorithm, algorithm_options, done)):
         ready.checkpoint.release()
         return ready.plan
     layouts = {

@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anybit.engine.budget import Forecast
 from anybit.engine.calibration import LENGTH, SAMPLES, SEED
+from anybit.engine.forecast import Forecast
 from anybit.engine.load import prepare
 from anybit.engine.plan import Entry, Plan, module_info
 from anybit.engine.quantize import quantize
