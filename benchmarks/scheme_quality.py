@@ -42,6 +42,7 @@ def made_with_data(config: Any) -> Any:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", default="", help="of the schemes that have no numbers yet, those that match")
     options.add_argument("--again", default="$^", help="measure the schemes that match once more")
     given = options.parse_args()
     known = schemes()
@@ -49,7 +50,7 @@ def main() -> None:
     found = {name: own for name, own in found.items() if name in known or name == "dense"}
     dense, tokenizer = anybit.load(MODEL), AutoTokenizer.from_pretrained(MODEL)
     for name, (cls, own) in known.items():
-        if name in found and not re.search(given.again, name):
+        if not re.search(given.again if name in found else given.only, name):
             continue
         begin = time.time()
         calibrated = False

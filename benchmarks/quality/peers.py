@@ -100,6 +100,60 @@ def bitsandbytes(model: Path, rows: Rows, target: Path, *, kind: str) -> None:
     _transformers(model, target, BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else four)))
 
 
+def llm_compressor(
+    model: Path,
+    rows: Rows,
+    target: Path,
+    *,
+    scheme: str = "",
+    bits: int = 4,
+    group_size: int = 0,
+    symmetric: bool = True,
+    awq: bool = False,
+    smooth: bool = False,
+    gptq: bool = False,
+) -> None:
+    """A named scheme, or weights of `bits` in groups; AWQ or SmoothQuant before, GPTQ instead of rounding to nearest."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    grid: dict[str, Any] = {"scheme": scheme}
+    if not scheme:
+        weights = QuantizationArgs(num_bits=bits, strategy="group", group_size=group_size, symmetric=symmetric)
+        grid = {"config_groups": {"all": QuantizationScheme(targets=["Linear"], weights=weights)}}
+    rounding = (GPTQModifier if gptq else QuantizationModifier)(targets=["Linear"], ignore=["lm_head"], **grid)
+    before = [AWQModifier()] if awq else [SmoothQuantModifier(smoothing_strength=0.5)] if smooth else []
+    calibrated = bool(before) or gptq
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    seen = {"dataset": data, "max_seq_length": len(rows[0]), "num_calibration_samples": len(rows)} if calibrated else {}
+    oneshot(model=loaded, processor=tokenizer, recipe=[*before, rounding], **seen)
+    loaded.save_pretrained(str(target), save_compressed=True)
+
+
+def modelopt(model: Path, rows: Rows, target: Path, *, preset: str) -> None:
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+
+    def calibrate(own: Any) -> None:
+        with torch.no_grad():
+            for start in range(0, len(rows), 4):
+                own(input_ids=torch.tensor(rows[start : start + 4]), use_cache=False)
+
+    mtq.quantize(loaded, getattr(mtq, preset), calibrate)
+    export_hf_checkpoint(loaded, export_dir=str(target))
+
+
 def llama_cpp(model: Path, rows: Rows, target: Path, *, mix: str) -> None:
     """`model` is a GGUF file in 16 bit, made by anybit: llama.cpp's own converter is no package."""
     import ctypes
@@ -117,7 +171,8 @@ def llama_cpp(model: Path, rows: Rows, target: Path, *, mix: str) -> None:
 
 PEERS: dict[str, Callable[..., None]] = {
     "gptqmodel": gptqmodel, "auto-round": auto_round, "mlx-lm": mlx_lm, "hqq": hqq, "optimum-quanto": optimum_quanto,
-    "torchao": torchao, "bitsandbytes": bitsandbytes, "llama.cpp": llama_cpp,
+    "llm-compressor": llm_compressor, "modelopt": modelopt, "torchao": torchao, "bitsandbytes": bitsandbytes,
+    "llama.cpp": llama_cpp,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import tempfile
 import time
@@ -35,8 +36,8 @@ SAMPLES, LENGTH, SEED, CONTEXT, TOKENS = 24, 256, 0, 256, 5100
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
 
-def row(way: Way, peers: dict[str, str], reference: Any, text: str, tokens: int) -> dict[str, Any]:
-    """Make and measure one."""
+def row(way: Way, peers: dict[str, str], reference: Any, text: str, tokens: int, keep: Path | None) -> dict[str, Any]:
+    """Make and measure one; what was made stays in the folder `keep`."""
     import anybit
     from anybit import AutoTokenizer
 
@@ -58,6 +59,8 @@ def row(way: Way, peers: dict[str, str], reference: Any, text: str, tokens: int)
             max_tokens=tokens,
             batch_size=5,
         )
+        if keep is not None:
+            shutil.copytree(made, keep / way.key.replace(" ", "-"), dirs_exist_ok=True)
         files = sum(file.stat().st_size for file in made.iterdir() if file.suffix in (".safetensors", ".gguf", ".pt"))
     stored = sum(entry.bytes_stored for entry in packed)
     return {
@@ -106,7 +109,7 @@ def ours(way: Way, made: Path) -> dict[str, Any]:
     calibrated: dict[str, Any] = {}
     if way.algorithm is not None:
         calibrated = {
-            "calibration": DATA / "calibration.txt", "algorithm": way.algorithm, "algorithm_options": way.arguments,
+            "calibration": DATA / "calibration.txt", "algorithm": way.algorithm or None, "algorithm_options": way.arguments,
             "samples": SAMPLES, "sequence_length": LENGTH, "seed": SEED,
         }  # fmt: skip
     before, begin = time.process_time(), time.perf_counter()
@@ -145,6 +148,7 @@ def theirs(way: Way, python: str, made: Path) -> dict[str, Any]:
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,
+        cwd=made.parent,  # some write logs
     )
     if finished.returncode or not made.is_dir():
         raise RuntimeError(f"{way.peer}: {(finished.stderr or finished.stdout).strip()[-400:]}")
@@ -166,6 +170,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=TOKENS)
     options.add_argument("--out", type=Path, default=HERE / "scoreboard.json")
     options.add_argument("--peer", action="append", default=[], help="package=python (repeat)")
+    options.add_argument("--keep", type=Path, help="a folder for what is made")
     options.add_argument("--again", action="store_true", help="measure rows that are there once more")
     given = options.parse_args()
     peers = dict(one.split("=", 1) for one in given.peer)
@@ -187,7 +192,7 @@ def main() -> None:
         wanted = re.search(given.only, way.key) and (given.again or way.key not in found["rows"])
         if not wanted or (way.peer and way.peer not in peers):
             continue
-        made = alone(way, peers, reference, given.text, given.tokens)
+        made = alone(way, peers, reference, given.text, given.tokens, given.keep)
         if "error" in made:
             print(f"{way.key}: {made['error']}", flush=True)
             continue
