@@ -77,7 +77,7 @@ def optimum_quanto(model: Path, rows: Rows, target: Path, *, bits: int) -> None:
     from optimum.quanto import QuantizedModelForCausalLM, qtypes
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     QuantizedModelForCausalLM.quantize(loaded, qtypes[f"qint{bits}"], exclude="lm_head").save_pretrained(str(target))
 
 
@@ -121,12 +121,14 @@ def llm_compressor(
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     grid: dict[str, Any] = {"scheme": scheme}
     if not scheme:
         weights = QuantizationArgs(num_bits=bits, strategy="group", group_size=group_size, symmetric=symmetric)
         grid = {"config_groups": {"all": QuantizationScheme(targets=["Linear"], weights=weights)}}
+    IntermediatesCache.pin_memory = lambda *given: None  # AWQ asks for it, and without an accelerator there is none
     rounding = (GPTQModifier if gptq else QuantizationModifier)(targets=["Linear"], ignore=["lm_head"], **grid)
     before = [AWQModifier()] if awq else [SmoothQuantModifier(smoothing_strength=0.5)] if smooth else []
     calibrated = bool(before) or gptq

@@ -233,7 +233,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"choose; measured by `anybit.evaluate` on {protocol['tokens']} tokens of {protocol['text']} in windows of "
         f"{protocol['context']}. AutoRound runs {protocol['autoround_steps']} steps, ours and theirs. KL(dense || quantized) in "
         "nats per token, best first. Bits per weight: everything that is stored for the quantized weights; share: of all "
-        "weights, those that are quantized. CPU seconds and peak memory are those of making the file, with the libraries.",
+        "weights, those that are quantized. CPU seconds and peak memory are those of making the file, with the libraries; "
+        "~ where other work ran on the machine.",
         "",
         "A row by a vendor's package is the checkpoint that the package itself wrote, read by anybit.",
     ]
@@ -247,10 +248,11 @@ def markdown(found: dict[str, Any]) -> str:
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for own in rows:
+            busy = "~" if own["seconds"] > 1.5 * own["cpu_seconds"] + 1 else ""
             by = own["by"] if own["by"] == "anybit" else f"*{own['by']}*"
             lines.append(
                 f"| {own['way']} | {by} | {own['bits_per_weight']} | {own['coverage']:.0%} | {own['file_mb']} | "
-                f"{own['perplexity']} | {own['kl']} | {own['top1']:.3f} | {own['cpu_seconds']} | {own['peak_memory_mb']} |"
+                f"{own['perplexity']} | {own['kl']} | {own['top1']:.3f} | {busy}{own['cpu_seconds']} | {own['peak_memory_mb']} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -48,9 +48,7 @@ def budget(
     wanted = [entry for entry in ready.plan.entries if entry.action == "quantize"]
     choices = []
     if tokens is not None:
-        assert ready.quantizer is not None
-        used = algorithms.modules(algorithm or ready.quantizer.calibrated_algorithm)
-        held = functools.partial(_held, used, tuple(tokens.shape), options or {})
+        held = functools.partial(_held, algorithms.modules(algorithm), tuple(tokens.shape), options or {})
         choices = [_calibrated(ready, wanted, tokens, batch, held) for batch in (BATCH, 2, 1)]
     choices = choices or [Budget(_each(ready, wanted), BATCH)]
     if max_memory is None:

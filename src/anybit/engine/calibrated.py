@@ -15,7 +15,7 @@ from torch import Tensor
 from anybit import algorithms
 from anybit.engine.block_weights import BlockWeights, stacked, target_of
 from anybit.engine.budget import BATCH
-from anybit.engine.calibration import Calibrator, Observed
+from anybit.engine.calibration import Calibrator, Observed, rounding_options
 from anybit.engine.folding import Folding
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared
@@ -54,8 +54,7 @@ def calibrated_jobs(
             "out calibration"
         )
     steps = algorithms.steps(name) if name is not None else algorithms.Steps((), None)
-    options = ready.quantizer.calibration_options() if steps.rounding == ready.quantizer.calibrated_algorithm else {}
-    options = {**options, **(algorithm_options or {})}
+    options = rounding_options(ready.quantizer, name, algorithm_options)
     calibrator = Calibrator(ready, tokens, device, batch, work or Work())
     jobs: list[Job] = []
     covered: set[str] = set()

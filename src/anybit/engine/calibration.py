@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybit import algorithms
 from anybit._memory import give_back_free_memory
 from anybit.engine.hidden_states import HiddenStates, Work
 from anybit.engine.load import Prepared, use_packed_experts
@@ -139,6 +140,12 @@ def _of_row(row: Any) -> Any:
     ):
         return messages
     return None
+
+
+def rounding_options(quantizer: Any, name: str | None, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of the algorithm that rounds: the configuration's where it is the method's own, then those given."""
+    own = name is not None and algorithms.steps(name).rounding == quantizer.calibrated_algorithm
+    return {**(quantizer.calibration_options() if own else {}), **(given or {})}
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------------------

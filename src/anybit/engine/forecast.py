@@ -146,11 +146,9 @@ def _seconds_calibrated(
 ) -> float:
     """Forward passes and second moments, and what the algorithm says of each matrix."""
     speed = _Speed.measured()
-    assert ready.quantizer is not None
-    name = algorithm or ready.quantizer.calibrated_algorithm
-    steps = algorithms.Steps((), None) if name is None else algorithms.steps(name)
+    steps = algorithms.Steps((), None) if algorithm is None else algorithms.steps(algorithm)
     rounding = None if steps.rounding is None else algorithms.module(steps.rounding)
-    used = algorithms.modules(name)
+    used = algorithms.modules(algorithm)
     nearest = _seconds_each(ready, wanted) if rounding is None or steps.foldings else 0.0
     count = sum(torch.Size(layout.shape).numel() for _, _, layout in _units(wanted))
     total = nearest if rounding is None else 0.0

@@ -16,7 +16,7 @@ from anybit.containers import Checkpoint
 from anybit.containers.shards import parse_size
 from anybit.engine.budget import budget
 from anybit.engine.bundling import bundle_for, write_bundle
-from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens
+from anybit.engine.calibration import LENGTH, SAMPLES, SEED, calibration_tokens, rounding_options
 from anybit.engine.forecast import Forecast, forecast
 from anybit.engine.hidden_states import Work
 from anybit.engine.load import Prepared, Progress, prepare
@@ -103,6 +103,7 @@ def quantize(
     done: set[str] = set()
     work = Work()
     tokens: Tensor | None = None
+    name, rounding = algorithm, dict[str, Any]()
     source = source_identity(ready.checkpoint, ready.folder)
     cap = None if max_memory is None else parse_size(max_memory, "max_memory")
     if calibration is not None:
@@ -113,7 +114,9 @@ def quantize(
             calibration, ready.folder, samples=samples or asked[0] or SAMPLES, length=sequence_length or asked[1] or LENGTH,
             seed=seed, tokenizer=tokenizer,
         )  # fmt: skip
-        own = budget(ready, tokens, cap, algorithm, algorithm_options)
+        name = algorithm or ready.quantizer.calibrated_algorithm
+        rounding = rounding_options(ready.quantizer, name, algorithm_options)
+        own = budget(ready, tokens, cap, name, rounding)
         jobs, done = calibrated_jobs(
             ready, tokens, algorithm, torch.device(device), None if keep else ready.plan.dtype, algorithm_options, work, own.batch
         )  # fmt: skip
@@ -135,7 +138,7 @@ def quantize(
     if not keep:
         config["dtype"] = str(ready.plan.dtype).removeprefix("torch.")
     jobs = _once(jobs)
-    if announce is not None and not announce(forecast(ready, tokens, own, jobs, algorithm, algorithm_options, done)):
+    if announce is not None and not announce(forecast(ready, tokens, own, jobs, name, rounding, done)):
         ready.checkpoint.release()
         return ready.plan
     layouts = {
