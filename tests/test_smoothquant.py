@@ -66,7 +66,8 @@ def test_planted_outliers_change_nothing_and_hurt_int8(planted: Path, tmp_path: 
         entry.slot.module.rpartition(".")[2]: entry.reason for entry in plan.entries if entry.action == "quantize"
     }
     assert "smoothquant: inverse scales in model.layers.5.input_layernorm" in reasons["q_proj"]
-    assert "not scaled" in reasons["down_proj"]  # no norm makes its input
+    assert "smoothquant: inverse scales in model.layers.5.mlp.up_proj" in reasons["down_proj"]
+    assert "not scaled" in reasons["o_proj"]  # heads share values: no rows are its columns
     stored = load_file(tmp_path / "smooth" / "model.safetensors")
     gain = stored["model.layers.0.input_layernorm.weight"].float()
     before = load_file(planted / "model.safetensors")["model.layers.0.input_layernorm.weight"].float()

@@ -1,6 +1,8 @@
 """SmoothQuant (arXiv 2211.10438): outliers of the inputs move into the weights, so that both can be rounded to 8 bits.
 
-s = max|x|^a / max|w|^(1 - a)        y = (x / s) (w * s)^T, where 1 / s goes into the norm that makes the input
+s = max|x|^a / max|w|^(1 - a)        y = (x / s) (w * s)^T, where 1 / s goes into what makes the input
+
+The paper divides norms only. Rows of an earlier linear are divided here too, which costs nothing where every row has its own scale.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NORMS_ONLY = True
 STRENGTH = 0.5  # a: how much of the difficulty the weights take over
 SMALLEST = 1e-5
 

@@ -43,7 +43,7 @@ class Folding:
             algorithm = algorithms.module(name)
             trace = self._trace(linears)
             for group in trace.groups:
-                source = self._source(trace, group, norms_only=getattr(algorithm, "NORMS_ONLY", False))
+                source = self._source(trace, group)
                 if source is None:
                     for entry in group:
                         self.block.note(entry, f"{name}: not scaled, nothing in front of it takes the inverse scales")
@@ -99,7 +99,7 @@ class Folding:
             groups.setdefault(inputs[entry.slot.parameter], []).append(entry)
         return _Trace(list(groups.values()), inputs, order, norms)
 
-    def _source(self, trace: _Trace, group: list[Entry], *, norms_only: bool) -> _Source | None:
+    def _source(self, trace: _Trace, group: list[Entry]) -> _Source | None:
         """What the inverse scales of the group can go into: tried on the block, not guessed."""
         width = group[0].slot.shape[-1]
         found: list[_Source] = []
@@ -107,8 +107,7 @@ class Folding:
         if norm is not None and self.block.ready.model.get_submodule(norm).weight.numel() == width:
             found += [_Source(norm, None, around_one) for around_one in (False, True)]
         before = trace.order[: min(trace.order.index(entry) for entry in group)]
-        if not norms_only:
-            found += [_Source(entry.slot.module, entry) for entry in reversed(before) if entry.slot.shape[0] == width]
+        found += [_Source(entry.slot.module, entry) for entry in reversed(before) if entry.slot.shape[0] == width]
         scales = 2.0 ** torch.randint(-1, 2, (width,), generator=torch.Generator().manual_seed(0))
         scales = scales.to(self.block.calibrator.device)
         hidden = self.block.calibrator.hidden[0].float()
