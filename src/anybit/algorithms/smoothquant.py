@@ -2,7 +2,7 @@
 
 s = max|x|^a / max|w|^(1 - a)        y = (x / s) (w * s)^T, where 1 / s goes into what makes the input
 
-The paper divides norms only. Rows of an earlier linear are divided here too, which costs nothing where every row has its own scale.
+The paper divides norms only. Rows of an earlier linear are divided here too: where every row has a scale, that costs nothing.
 """
 
 from __future__ import annotations
