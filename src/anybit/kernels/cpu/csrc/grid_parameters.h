@@ -33,10 +33,18 @@ static ALWAYS_INLINE F numbers_at(int64_t kind, const void* data, int64_t at) {
   }
 }
 
+// The numbers that the next rows will want lie behind these: few bytes a row, fetched too late by themselves.
+static inline void prefetch_next(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(p + bytes + i);
+}
+
+static inline int64_t bytes_of(int64_t kind) { return kind == ANYBIT_P_F32 ? 4 : kind == ANYBIT_P_BF16 || kind == ANYBIT_P_F16 ? 2 : 1; }
+
 // `count` of `total` numbers from `at` on as float32; writes up to LANES beyond them.
 static void numbers_run(int64_t kind, int64_t negated, const void* data, int64_t at, int64_t count, int64_t total, float* out) {
   const int64_t whole = total - at >= ceil_div(count, LANES) * LANES ? count : count / LANES * LANES;
   int64_t i = 0;
+  prefetch_next((const uint8_t*)data + at * bytes_of(kind), count * bytes_of(kind));
   switch (kind) {
     case ANYBIT_P_F32: for (; i < whole; i += LANES) f_store(out + i, f_load((const float*)data + at + i)); break;
     case ANYBIT_P_BF16: for (; i < whole; i += LANES) f_store(out + i, f_load_bf16((const uint16_t*)data + at + i)); break;
@@ -92,6 +100,7 @@ template <int BITS, int KIND> static void nested_run(const Parameter& q, int64_t
   };
   const int64_t group = p->group > p->count ? p->count : p->group, all = ceil_div(p->count, group), g = start / group;
   alignas(64) float scales[(TOGETHER + 8) / 8 + 3 * LANES];
+  prefetch_next(codes + start * BITS / 8, count * BITS / 8);
   numbers_run(p->scale_kind, p->scale_negated, q.nested->scale, g, (stop - 1) / group + 1 - g, all, scales);
   if (group == 8 && LANES == 16) {  // two groups in a vector
     alignas(64) static constexpr uint32_t halves[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
