@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_kernels import CPU, LEVELS, check, codes, generator, level, needs_library, positive
+from test_cpu_kernels import CPU, LEVELS, check, codes, generator, level, needs_library, outliers, positive, spqr
 
 from anybit.kernels import get
 from anybit.kernels.cpu import native
@@ -91,7 +92,12 @@ TREES = {
     "a bit of sign for each": book(6, 128, 5, 1, (1, 2), signs=codes(6, 128, bits=1), scale=scale(6, 4), block=(1, 32)),
     "signs on an odd width": book(6, 60, 8, 1, (1, 4), signs=codes(6, 60, bits=1), scale=scale(6), block=(1, 60)),
     "signs of tall vectors": book(8, 60, 8, 1, (4, 1), signs=codes(8, 60, bits=1), scale=scale(8), block=(1, 60)),
+    "SpQR, wide": nodes.Sum((spqr(16, 2152), outliers(16, 2152)), "float16"),
+    "SpQR, two bits": replace(spqr(16, 1000), codes=codes(16, 1000, bits=2)),
+    "HIGGS in bfloat16": book(5, 512, 8, 1, (1, 2), torch.bfloat16, scale=scale(5, 4), block=(1, 128)),
+    "HIGGS in float32": book(5, 512, 6, 1, (1, 2), torch.float32, scale=scale(5, 4), block=(1, 128)),
     **{kind: lattice(kind) for kind in I_QUANTS},
+    **{f"{kind}, many groups": lattice(kind, 2, 8960) for kind in ("IQ1_S", "IQ2_S", "IQ3_XXS")},
 }  # fmt: skip
 
 
@@ -144,6 +150,24 @@ def test_a_stack_of_codebooks_touches_only_what_is_routed(level: str) -> None:
     x, ends = torch.randn(20, 256, generator=generator(3)), torch.tensor([1, 1, 20])
     wanted = get("reference").experts(x, ends, *get("reference").prepare(weight))
     assert (kernel.experts(x, ends, spec, tensors) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@needs_library
+@pytest.mark.parametrize("kind", I_QUANTS)
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 1e35, 1e-30, 1e-42, 0.0])
+def test_lattices_meet_inputs_of_any_size(level: str, kind: str, size: float) -> None:
+    """Inputs become integers where CPUs multiply bytes: what is no number stays none, the largest and the smallest survive."""
+    weight = Weight(lattice(kind, 3, 512))
+    x = torch.randn(2, 512, generator=generator(1))
+    x[0, 40] = size
+    x[1] = (x[1] / 8).clamp(-1, 1) * (size if size < 1 else 1e34)
+    spec, tensors = get("cpu").prepare(weight)
+    ours, wanted = get("cpu").linear(x, spec, tensors, None), x.double() @ weight.to_dense(torch.float32).double().T
+    assert ours[0].isfinite().any() == (size == size and size != float("inf"))
+    error = (ours[1] - wanted[1]).abs().max()
+    assert error <= 1e-5 * wanted[1].abs().max() + 1e-37
+    if size < 1e36:
+        assert (ours[0] - wanted[0]).abs().max() <= 1e-5 * wanted[0].abs().max()
 
 
 @needs_library

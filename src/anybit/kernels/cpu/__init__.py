@@ -3,7 +3,8 @@
 Accuracy of `cpu`: sums in float32 whatever the input's dtype, and weights too, with two exceptions for a bfloat16 input on CPUs
 that multiply bfloat16: numbers of tables that it cannot hold (NF4) are rounded to it, and from native.MANY rows of input on all
 weights are, as they would be in a dense layer of that dtype. The dense weight never exists. For few rows of input, codes of up to
-7 bits meet inputs as whole numbers, off by at most 2**-23 of the largest of 32 neighbours (csrc/grid_limbs.h).
+7 bits meet inputs as whole numbers, off by at most 2**-23 of the largest of 32 neighbours (csrc/grid_limbs.h); so do llama.cpp's
+lattices of integers where CPUs multiply bytes, of 24 bits for a float32 input, else of 16 (csrc/book_lattices.h).
 
 `cpu_fast` has to be asked for (`anybit.kernels.set_accuracy("fast")` before loading, or ANYBIT_CPU_ACCURACY=fast): with fewer
 than native.MANY rows of input it rounds them to 8 bits, 32 columns sharing a scale, as llama.cpp does. It prepares weights as
@@ -25,7 +26,7 @@ from anybit.kernels._codebooks import is_codebook
 from anybit.kernels._grids import E4M3, E5M2, TABLE, Refused, Workspace, grid_program, rounds_inputs
 from anybit.kernels._programs import Program, ProgramKernel, any_leaf, form_of, readable
 from anybit.kernels.cpu import native, outliers
-from anybit.kernels.cpu.books import VECTORS, codebook_program
+from anybit.kernels.cpu.books import FLOATS_AND_POINTS, VECTORS, codebook_program
 from anybit.kernels.cpu.encoding import ENCODERS as ENCODERS
 from anybit.weight import Weight, nodes
 from anybit.weight.nodes import Node
@@ -181,7 +182,8 @@ class Leaf(Program):
         self.columns = grid["inputs"]
         one_by_one = grid["compute"] != 0 or (grid["levels"] == TABLE and grid["bits"] > 4)
         if book is not None:
-            self.many = native.MANY_PAIRS if book["vector"] == [1, 2] else native.MANY_VECTORS
+            pairs, points = book["vector"] == [1, 2], book["table_kind"] == FLOATS_AND_POINTS
+            self.many = native.MANY_PAIRS if pairs else native.MANY_POINTS if points else native.MANY_VECTORS
         else:
             small_floats = grid["levels"] in (E4M3, E5M2)
             self.many = native.MANY_SMALL_FLOATS if small_floats else native.MANY

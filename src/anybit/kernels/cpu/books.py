@@ -16,6 +16,7 @@ from anybit.weight.nodes import Node
 from anybit.weight.weight import row_chunks
 
 VECTORS = 5  # ANYBIT_VECTORS of grid.h
+FLOATS_AND_POINTS = 3  # ANYBIT_F32_POINTS
 MOST_BOOKS = 8
 _SMALL = 1 << 14  # numbers of a table that are kept in float32: 64 KB, about a first cache level
 
@@ -31,6 +32,10 @@ def codebook_program(tree: Node, space: Workspace) -> dict[str, Any]:
         raise Refused(f"vectors of {book.vector[1]} columns; up to 16 are read")
     assert book.grid.table is not None
     kind = native.KINDS[space.tensors[book.grid.table.position].dtype]
+    inside = tree.codes if isinstance(tree, nodes.Grid) else tree
+    assert isinstance(inside, nodes.Codebook)
+    if isinstance(inside.tables, str) and points_of(inside.tables) is not None:
+        kind = FLOATS_AND_POINTS
     return {"codebook": {**vars(book), "table_kind": kind}}
 
 
@@ -65,5 +70,26 @@ def _check_codes(tree: nodes.Codebook, entries: int, space: Workspace) -> None:
 
 @functools.lru_cache(maxsize=32)
 def fixed_table(name: str, device: str) -> Tensor:
-    """A table that no file stores, float32 and one for all weights. Shared: never write into it."""
-    return points.table(name, device).to(torch.float32).flatten()
+    """A table that no file stores, float32 and one for all weights; its points behind it. Shared: never write into it."""
+    table, words = points.table(name).to(torch.float32).flatten(), points_of(name)
+    return (table if words is None else torch.cat([table, words])).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def points_of(name: str) -> Tensor | None:
+    """The values of a table and its points as 16-bit words of indices into them, seen as float32; None of another table.
+
+    64 bytes: the values, lifted above zero, again and again. Then a word for each point of eight numbers of up to four values,
+    or of four numbers of up to eight, the first one lowest.
+    """
+    table = points.table(name).flatten(0, -2)
+    wide = table.shape[-1]
+    bits = {4: 3, 8: 2}.get(wide)
+    values, index = table.unique(return_inverse=True)
+    if bits is None or len(values) > 1 << bits or bool((values != values.to(torch.int8)).any()):
+        return None
+    lifted = torch.zeros(1 << bits, dtype=torch.int8)
+    lifted[: len(values)] = (values - values.min().clamp(max=0)).to(torch.int8)
+    words = (index << torch.arange(0, bits * wide, bits)).sum(-1)
+    words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
+    return torch.cat([lifted.repeat(64 >> bits).view(torch.float32), words.view(torch.float32)])

@@ -22,9 +22,9 @@ from anybit.errors import InvalidOption, did_you_mean
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x from which decoding the weight once costs less than decoding it for every few rows; measured, one thread,
 # 4096 columns: 8 to 13 for integers and small tables, 12 (bfloat16) to 30 (float32) for 8-bit floats, 5 where each weight is
-# rounded by itself; codebooks 8 to 12, pairs 24.
-MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS, MANY_SMALL_FLOATS = 12, 6, 9, 20, 20
-ABI = 8  # anybit_abi() of the sources beside this file
+# rounded by itself; codebooks 8 to 12, pairs 24, lattices 13 to 18.
+MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS, MANY_SMALL_FLOATS, MANY_POINTS = 12, 6, 9, 20, 20, 13
+ABI = 9  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
 
@@ -114,7 +114,14 @@ def _load() -> ctypes.CDLL | str:
     library.anybit_decode.restype = None
     library.anybit_encode.argtypes, library.anybit_encode.restype = [integer, pointer, *[integer] * 3], integer
     library.anybit_encoders.argtypes, library.anybit_encoders.restype = [], ctypes.c_char_p
-    library.anybit_add_sparse.argtypes = [*[pointer] * 3, integer, pointer, *[integer] * 4, pointer, *[integer] * 2]
+    library.anybit_add_sparse.argtypes = [
+        *[pointer] * 3,
+        *[integer] * 2,
+        pointer,
+        *[integer] * 4,
+        pointer,
+        *[integer] * 2,
+    ]
     library.anybit_add_sparse.restype = None
     library.anybit_use_gomp(_gomp_parallel())
     try:
@@ -260,8 +267,8 @@ def decode(shape: Shape, tensors: Tensors, out: Tensor, first: int = 0, index: T
 
 
 def add_sparse(offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor, y: Tensor) -> None:
-    """float32 y [n, rows] += x [n, columns] @ S.T for a CSR matrix: int32 offsets [rows + 1] and columns, float32 values."""
+    """float32 y [n, rows] += x [n, width] @ S.T for a CSR matrix: int32 offsets [rows + 1] and columns, float32 values."""
     library().anybit_add_sparse(
-        offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), offsets.numel() - 1, x.data_ptr(), KINDS[x.dtype],
+        offsets.data_ptr(), columns.data_ptr(), values.data_ptr(), offsets.numel() - 1, x.shape[1], x.data_ptr(), KINDS[x.dtype],
         x.shape[0], x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), torch.get_num_threads(),
     )  # fmt: skip

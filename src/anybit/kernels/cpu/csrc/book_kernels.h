@@ -2,7 +2,8 @@
 //
 //   wide   vectors along a row (AQLM, llama.cpp's lattices): the codes of a span of columns are spread to 16 bits, then LANES
 //          columns at a time are fetched from the tables, summed over the books, signed, and multiplied with as many of x
-//   pairs  vectors of two and a bfloat16 x (HIGGS), where bytes of a register can be looked up
+//   pairs  vectors of two (HIGGS), where bytes of a register can be looked up: book_pairs.h
+//   points integers along a row (llama.cpp's lattices) where bytes are multiplied in fours: book_lattices.h
 //   tall   vectors down a column (VPTQ): one number of x is multiplied with the eight rows that a code names
 //   else   weights of a row are made a block at a time
 //
@@ -82,6 +83,14 @@ struct Product {
   const Input* in;
   const uint8_t (*planes)[256];  // of a table of pairs
 };
+
+}  // namespace
+
+#ifdef ANYBIT_VBMI
+#include "book_lattices.h"
+#endif
+
+namespace {
 
 // --- vectors along a row -----------------------------------------------------------------------------------------------------
 
@@ -211,104 +220,11 @@ template <class T, int WIDE, int MODE, int R, int B> static void product_wide(co
     UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
 }
 
-// --- pairs -------------------------------------------------------------------------------------------------------------------
+}  // namespace
 
-#ifdef ANYBIT_VBMI
-// Vectors of two with codes of up to eight bits (HIGGS) and a bfloat16 x: the four bytes of the two bfloat16 of an entry are
-// looked up separately, 64 codes at a time, and put together again. Numbers that bfloat16 cannot hold are rounded to it.
-//
-//   128 bits L (of 4), pair of unpacking j: codes 16 L + 4 j ..+ 3     x: for every 64 codes the words [j][L][4]
-static bool in_pairs(const anybit_shape* s, const anybit_product* p) {
-  return s->high == 1 && s->wide == 2 && s->books == 1 && !s->sign_bits && !has_shift(s) && p->x_kind == ANYBIT_BF16 &&
-         s->table_kind == ANYBIT_F32 && (s->bits == 4 || s->bits == 6 || s->bits == 8) && wide_group(s, CHUNK);
-}
+#include "book_pairs.h"
 
-static void read_planes(const anybit_shape* s, const anybit_tensors* t, uint8_t (*planes)[256]) {
-  for (int64_t i = 0; i < 256; i++) {
-    const float* entry = t->table + 2 * (i & ((1 << s->bits) - 1));
-    const uint32_t word = bf16_of_float(entry[0]) | (uint32_t)bf16_of_float(entry[1]) << 16;
-    for (int byte = 0; byte < 4; byte++) planes[byte][i] = (uint8_t)(word >> (8 * byte));
-  }
-}
-
-static void pair_input(int64_t columns, float* values) {  // in place: words end before what they are read from
-  uint32_t natural[CHUNK / 2], *out = (uint32_t*)values;
-  for (int64_t start = 0; start < columns; start += CHUNK, out += CHUNK / 2) {
-    for (int i = 0; i < CHUNK / 2; i++)
-      natural[i] = bits_of_float(values[start + 2 * i]) >> 16 | (bits_of_float(values[start + 2 * i + 1]) & 0xFFFF0000u);
-    for (int j = 0; j < 4; j++)
-      for (int block = 0; block < 4; block++) memcpy(out + 16 * j + 4 * block, natural + 16 * block + 4 * j, 16);
-  }
-}
-
-template <int BITS, int R, int B> static void product_pairs(const Product& q, int64_t row, int64_t n) {
-  constexpr int QUARTERS = BITS == 8 ? 4 : 1;
-  constexpr int64_t BYTES = 8 * BITS;
-  const anybit_shape* s = q.s;
-  I planes[4][QUARTERS];
-  UNROLLED for (int byte = 0; byte < 4; byte++)
-    UNROLLED for (int part = 0; part < QUARTERS; part++) planes[byte][part] = _mm512_loadu_si512(q.planes[byte] + 64 * part);
-  F total[R][B];
-  UNROLLED for (int r = 0; r < R; r++)
-    UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_zero();
-  const uint32_t* x = (const uint32_t*)(q.in->values + n * q.in->value_stride);
-  const int64_t stride = q.in->value_stride, group = s->group >= s->columns ? s->columns : s->group;
-  const int64_t groups = ceil_div(s->columns, group);
-  const uint8_t* codes = q.t->codes + row * s->row_bytes;
-  Runs<R> runs;
-  for (int64_t base = 0; base < groups; base += RUN) {
-    const int64_t count = least(RUN, groups - base);
-    read_runs<R>(s, q.t, Unit{0.0f, 1.0f}, row, base, count, &runs);
-    for (int64_t g = 0; g < count; g++) {
-      F acc[R][B][2];
-      UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int b = 0; b < B; b++) acc[r][b][0] = acc[r][b][1] = f_zero();
-      const int64_t end = least((base + g + 1) * group, s->columns);
-      for (int64_t column = (base + g) * group; column < end; column += CHUNK) {
-        const int64_t at = column / 2 * BITS / 8, left = s->row_bytes - at;
-        UNROLLED for (int r = 0; r < R; r++) {
-          const uint8_t* p = codes + r * s->row_bytes + at;
-          uint8_t spare[BYTES];
-          if (left < BYTES) {
-            memset(spare, 0, BYTES);
-            memcpy(spare, p, (size_t)left);
-            p = spare;
-          }
-          const I index = quads_load<BITS>(p);
-          I byte[4];
-          UNROLLED for (int i = 0; i < 4; i++) {
-            if constexpr (BITS == 8) {
-              const I low = _mm512_permutex2var_epi8(planes[i][0], index, planes[i][1]);
-              const I high = _mm512_permutex2var_epi8(planes[i][2], index, planes[i][3]);
-              byte[i] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
-            } else {
-              byte[i] = _mm512_permutexvar_epi8(index, planes[i][0]);  // six bits are looked at
-            }
-          }
-          const I low_first = _mm512_unpacklo_epi8(byte[0], byte[1]), high_first = _mm512_unpackhi_epi8(byte[0], byte[1]);
-          const I low_second = _mm512_unpacklo_epi8(byte[2], byte[3]), high_second = _mm512_unpackhi_epi8(byte[2], byte[3]);
-          const I pairs[4] = {_mm512_unpacklo_epi16(low_first, low_second), _mm512_unpackhi_epi16(low_first, low_second),
-                              _mm512_unpacklo_epi16(high_first, high_second), _mm512_unpackhi_epi16(high_first, high_second)};
-          UNROLLED for (int j = 0; j < 4; j++)
-            UNROLLED for (int b = 0; b < B; b++)
-              acc[r][b][j % 2] = _mm512_dpbf16_ps(acc[r][b][j % 2], (__m512bh)pairs[j],
-                                                  (__m512bh)_mm512_loadu_si512(x + b * stride + column / 2 + 16 * j));
-        }
-      }
-      UNROLLED for (int r = 0; r < R; r++) {
-        const F scale = f_set(runs.scale[r][g]);
-        UNROLLED for (int b = 0; b < B; b++) total[r][b] = f_fma(f_add(acc[r][b][0], acc[r][b][1]), scale, total[r][b]);
-      }
-    }
-  }
-  UNROLLED for (int r = 0; r < R; r++)
-    UNROLLED for (int b = 0; b < B; b++) put(q.p, n + b, row + r, f_sum(total[r][b]));
-}
-#else
-static bool in_pairs(const anybit_shape*, const anybit_product*) { return false; }
-static void read_planes(const anybit_shape*, const anybit_tensors*, uint8_t (*)[256]) {}
-static void pair_input(int64_t, float*) {}
-#endif
+namespace {
 
 // --- vectors down a column ---------------------------------------------------------------------------------------------------
 
@@ -382,13 +298,17 @@ template <class T, int WIDE, int MODE> struct Wide {
 };
 #ifdef ANYBIT_VBMI
 template <int BITS> struct Pairs {
-  static constexpr BookTiles tiles = {nullptr, product_pairs<BITS, 2, 1>, product_pairs<BITS, 1, 1>, product_pairs<BITS, 1, 4>};
+  static constexpr BookTiles tiles[4] = {
+      {},
+      {nullptr, product_pairs<BITS, 2, 1>, product_pairs<BITS, 1, 1>, product_pairs<BITS, 1, 4>},
+      {nullptr, product_apart<Half, BITS, 2, 1>, product_apart<Half, BITS, 1, 1>, product_apart<Half, BITS, 1, 4>},
+      {nullptr, product_apart<Brain, BITS, 2, 1>, product_apart<Brain, BITS, 1, 1>, product_apart<Brain, BITS, 1, 4>}};
 };
-static const BookTiles* pair_tiles(const anybit_shape* s) {
-  return s->bits == 4 ? &Pairs<4>::tiles : s->bits == 6 ? &Pairs<6>::tiles : &Pairs<8>::tiles;
+static const BookTiles* pair_tiles(const anybit_shape* s, PairWay way) {
+  return (s->bits == 4 ? Pairs<4>::tiles : s->bits == 6 ? Pairs<6>::tiles : Pairs<8>::tiles) + way;
 }
 #else
-static const BookTiles* pair_tiles(const anybit_shape*) { return nullptr; }
+static const BookTiles* pair_tiles(const anybit_shape*, PairWay) { return nullptr; }
 #endif
 
 // Null for books that are read number by number: what no format has.
@@ -534,9 +454,12 @@ static void product_by_blocks(const Product& q, int64_t row, int64_t n) {
 static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in, int64_t row,
                      int64_t last_row) {
   uint8_t planes[4][256];
-  const bool pairs = in_pairs(s, p);
-  if (pairs) read_planes(s, t, planes);
+  const PairWay pairs = pair_way(s, t, p);
+  if (pairs) read_planes(s, t, pairs, planes);
   const Product q = {s, t, p, in, planes};
+#ifdef ANYBIT_VBMI
+  if (const LatticeTiles* lattice = lattice_of(s)) return multiply_lattice(lattice, q, row, last_row);
+#endif
   if (is_tall(s)) {
     const TallTiles tiles = s->table_kind == ANYBIT_F16    ? tall_tiles<Half>(s)
                             : s->table_kind == ANYBIT_BF16 ? tall_tiles<Brain>(s)
@@ -548,7 +471,7 @@ static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybi
     }
     return;
   }
-  const BookTiles* tiles = pairs ? pair_tiles(s) : wide_group(s, LANES) ? book_tiles(s) : nullptr;
+  const BookTiles* tiles = pairs ? pair_tiles(s, pairs) : wide_group(s, LANES) ? book_tiles(s) : nullptr;
   while (row < last_row) {
     if (tiles && p->n == 1 && row + 2 <= last_row) {
       tiles->two_one(q, row, 0);
@@ -578,7 +501,10 @@ static void take_input(const anybit_shape* s, const anybit_tensors* t, const any
                        float* sums) {
   read_row(s, t, p, n, values);
   if (int64_t count = sum_count(s)) sum_input(s, count, values, sums);
-  if (in_pairs(s, p)) pair_input(padded_columns(s), values);
+  if (const PairWay pairs = pair_way(s, t, p)) pair_input(padded_columns(s), pairs, values);
+#ifdef ANYBIT_VBMI
+  if (const LatticeTiles* lattice = lattice_of(s)) lattice_input(lattice, p, s->columns, values);
+#endif
 }
 
 }  // namespace

@@ -157,7 +157,7 @@ const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not wor
 }  // namespace
 
 // Changes whenever grid.h, encode.h or a signature below does; native.py refuses a library of another number.
-EXPORT int64_t anybit_abi(void) { return 8; }
+EXPORT int64_t anybit_abi(void) { return 9; }
 
 // Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
 EXPORT int64_t anybit_levels(const char** names, int64_t room) {

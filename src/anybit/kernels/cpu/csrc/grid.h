@@ -13,7 +13,8 @@
 
 #include <stdint.h>
 
-enum anybit_float { ANYBIT_F32 = 0, ANYBIT_BF16 = 1, ANYBIT_F16 = 2 };
+// F32_POINTS: of tables alone; float32, and behind them the same numbers as words of indices (book_lattices.h).
+enum anybit_float { ANYBIT_F32 = 0, ANYBIT_BF16 = 1, ANYBIT_F16 = 2, ANYBIT_F32_POINTS = 3 };
 
 enum anybit_parameter_kind {
   ANYBIT_ABSENT = 0,
