@@ -210,27 +210,7 @@ class Leaf(Program):
             bias.shape != (self.rows,) or bias.dtype not in native.KINDS or not bias.is_contiguous()
         ):
             return None  # it has to be looked at, or copied, for every product
-        call = native.bound_linear(self.shape, self.pointers(tensors, 0), bias, self.many, self.fast)
-        rows, columns = self.rows, self.columns
-
-        def product(x: Tensor) -> Tensor:
-            if x.dtype not in native.KINDS:
-                return product(readable(x)).to(x.dtype)
-            if x.shape[-1] != columns:
-                self.check(x.reshape(-1, x.shape[-1]))
-            if not x.is_cpu:
-                raise RuntimeError(f"an input on {x.device} does not fit a weight on the CPU")
-            y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-            if y.numel() == 0:
-                pass
-            elif x.is_contiguous():
-                call(x, y, x.numel() // columns, columns, 1)
-            else:
-                flat = x.reshape(-1, columns)
-                call(flat, y, flat.shape[0], flat.stride(0), flat.stride(1))
-            return y
-
-        return product
+        return native.Placed(self.shape, self.pointers(tensors, 0), self.columns, bias, self.many, self.fast)
 
     def each_expert(self, x: Tensor, ends: Tensor, tensors: list[Tensor], y: Tensor) -> None:
         ends = ends.to(torch.int64).contiguous()

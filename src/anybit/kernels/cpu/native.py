@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # 4096 columns: 8 to 13 for integers and small tables, 12 (bfloat16) to 30 (float32) for 8-bit floats, 5 where each weight is
 # rounded by itself; codebooks 8 to 12, pairs 24, lattices 13 to 18.
 MANY, MANY_ROUNDED, MANY_VECTORS, MANY_PAIRS, MANY_SMALL_FLOATS, MANY_POINTS = 12, 6, 9, 20, 20, 13
-ABI = 9  # anybit_abi() of the sources beside this file
+ABI = 10  # anybit_abi() of the sources beside this file
 LEVEL_VARIABLE = "ANYBIT_CPU_ISA"
 
 
@@ -81,6 +80,15 @@ class Product(ctypes.Structure):
     ]
 
 
+class Place(ctypes.Structure):
+    """`anybit_bound` of driver.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("shape", "tensors", "bias")),
+        *((name, ctypes.c_int64) for name in ("bias_kind", "fast", "many")),
+    ]
+
+
 def library_path() -> Path:
     """Where the build puts the library."""
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -108,6 +116,8 @@ def _load() -> ctypes.CDLL | str:
     library.anybit_use_level.argtypes, library.anybit_use_level.restype = [ctypes.c_char_p], integer
     library.anybit_use_gomp.argtypes, library.anybit_use_gomp.restype = [pointer], None
     library.anybit_linear.argtypes, library.anybit_linear.restype = [*[pointer] * 3, integer, integer], integer
+    library.anybit_linear_bound.argtypes = [*[pointer] * 2, *[integer] * 4, pointer, integer]
+    library.anybit_linear_bound.restype = integer
     library.anybit_linear_experts.argtypes = [*[pointer] * 5, *[integer] * 3]
     library.anybit_linear_experts.restype = integer
     library.anybit_decode.argtypes = [pointer] * 3 + [integer] * 2 + [pointer] + [integer] * 3
@@ -204,26 +214,39 @@ def linear(
     )
 
 
-def bound_linear(
-    shape: Shape, tensors: Tensors, bias: Tensor | None, many: int, fast: bool
-) -> Callable[[Tensor, Tensor, int, int, int], None]:
-    """`linear` as a call (x, y, rows of x, its strides by row and column), y [..., rows] contiguous and of x's dtype.
+class Placed:
+    """`linear` with a weight where it lies. It reads where the pointers say, whatever became of the tensors."""
 
-    It reads where the pointers say, whatever became of the tensors.
-    """
-    function, rows = library().anybit_linear, shape.rows
-    own_shape, own_tensors = ctypes.byref(shape), ctypes.byref(tensors)
-    bias_place, bias_kind = (None, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
-
-    def call(x: Tensor, y: Tensor, n: int, x_row: int, x_column: int) -> None:
-        kind = KINDS[x.dtype]
-        product = Product(
-            x.data_ptr(), kind, n, x_row, x_column, bias_place, bias_kind, y.data_ptr(), kind, rows, False, fast
+    def __init__(self, shape: Shape, tensors: Tensors, columns: int, bias: Tensor | None, many: int, fast: bool):
+        self.rows, self.columns = shape.rows, columns
+        own_bias, kind = (None, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
+        self._kept = (
+            shape,
+            tensors,
+            Place(ctypes.addressof(shape), ctypes.addressof(tensors), own_bias, kind, fast, many),
         )
-        if function(own_shape, own_tensors, ctypes.byref(product), many, torch.get_num_threads()):
-            _succeed(1, x)
+        self._place = ctypes.addressof(self._kept[2])
+        self._function = library().anybit_linear_bound
 
-    return call
+    def __call__(self, x: Tensor) -> Tensor:
+        kind = KINDS.get(x.dtype)
+        if kind is None:
+            wide: Tensor = self(x.to(torch.float32))
+            return wide.to(x.dtype)
+        shape, columns = x.shape, self.columns
+        if shape[-1] != columns:
+            raise RuntimeError(f"an input of shape {tuple(shape)} does not fit a weight of {columns} columns")
+        if not x.is_cpu:
+            raise RuntimeError(f"an input on {x.device} does not fit a weight on the CPU")
+        y = torch.empty(*shape[:-1], self.rows, dtype=x.dtype)
+        row, column = columns, 1
+        if not x.is_contiguous():
+            x = x.reshape(-1, columns)
+            row, column = x.stride()
+        n = x.numel() // columns
+        if n and self._function(self._place, x.data_ptr(), kind, n, row, column, y.data_ptr(), torch.get_num_threads()):
+            _succeed(1, x)
+        return y
 
 
 def experts(

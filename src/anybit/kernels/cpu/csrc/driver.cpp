@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <thread>
 
 #include "encode_variant.h"
 #include "threads.h"
@@ -15,6 +16,18 @@
 #else
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
+
+// A weight where it lies, and what its products are done with: `Place` of native.py.
+struct anybit_bound {
+  const anybit_shape* shape;
+  const anybit_tensors* tensors;
+  const void* bias;
+  int64_t bias_kind, fast, many;
+
+  anybit_product product_of(const void* x, int64_t kind, int64_t n, int64_t x_row, int64_t x_column, void* y) const {
+    return {x, kind, n, x_row, x_column, bias, bias_kind, y, kind, shape->rows, 0, fast};
+  }
+};
 
 namespace {
 
@@ -101,39 +114,81 @@ struct Call {
   const anybit_product* product;
   const Variant* variant;
   Input input;
-  int64_t scratch;            // floats, of blocks
+};
+
+struct Blocks {
+  Call call;
+  int64_t scratch;            // floats
   std::atomic<int64_t> lost;  // threads that found no memory
 };
 
-void take_inputs(void* data, int64_t first, int64_t last) {
-  const Call* call = static_cast<const Call*>(data);
-  for (int64_t n = first; n < last; n++)
-    call->variant->take_input(call->shape, call->tensors, call->product, n,
-                              const_cast<float*>(call->input.values) + n * call->input.value_stride,
-                              const_cast<float*>(call->input.sums) + n * call->input.sum_stride);
-}
-
-void multiply_rows(void* data, int64_t first, int64_t last) {
-  const Call* call = static_cast<const Call*>(data);
-  call->variant->multiply(call->shape, call->tensors, call->product, &call->input, first, last);
-}
-
 void take_block_inputs(void* data, int64_t first, int64_t last) {
-  const Call* call = static_cast<const Call*>(data);
+  const Call& call = static_cast<const Blocks*>(data)->call;
   for (int64_t n = first; n < last; n++)
-    call->variant->take_block_input(call->shape, call->tensors, call->product, n,
-                                    const_cast<float*>(call->input.values));
+    call.variant->take_block_input(call.shape, call.tensors, call.product, n, const_cast<float*>(call.input.values));
 }
 
 void multiply_blocks(void* data, int64_t first, int64_t last) {
-  Call* call = static_cast<Call*>(data);
-  float* space = block_scratch.need(static_cast<size_t>(call->scratch));
+  Blocks* blocks = static_cast<Blocks*>(data);
+  const Call& call = blocks->call;
+  float* space = block_scratch.need(static_cast<size_t>(blocks->scratch));
   if (!space) {
-    call->lost++;
+    blocks->lost++;
     return;
   }
   for (int64_t block = first; block < last; block++)
-    call->variant->multiply_many(call->shape, call->tensors, call->product, &call->input, block * call->variant->tall, space);
+    call.variant->multiply_many(call.shape, call.tensors, call.product, &call.input, block * call.variant->tall, space);
+}
+
+const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not worth waking a second thread
+
+// A product with few rows of x, one launch: each thread prepares rows of x as long as there are any, then takes rows of the weight.
+struct Launch {
+  Call call;
+  std::atomic<int64_t> taken, prepared;  // rows of x
+  Pieces rows;                           // of the weight
+};
+
+void rest() {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  __builtin_ia32_pause();
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+  __asm__ __volatile__("yield");
+#endif
+}
+
+void work_on(void* data) {
+  Launch* launch = static_cast<Launch*>(data);
+  const Call& call = launch->call;
+  const int64_t inputs = call.product->n;
+  for (int64_t n; (n = launch->taken.fetch_add(1, std::memory_order_relaxed)) < inputs;) {
+    call.variant->take_input(call.shape, call.tensors, call.product, n,
+                             const_cast<float*>(call.input.values) + n * call.input.value_stride,
+                             const_cast<float*>(call.input.sums) + n * call.input.sum_stride);
+    launch->prepared.fetch_add(1, std::memory_order_release);
+  }
+  for (int64_t turn = 1; launch->prepared.load(std::memory_order_acquire) < inputs; turn++) {
+    if (turn % 1024) rest();
+    else std::this_thread::yield();  // whoever prepares may have lost its core to a neighbour
+  }
+  for (int64_t first, last; launch->rows.take(&first, &last);)
+    call.variant->multiply(call.shape, call.tensors, call.product, &call.input, first, last);
+}
+
+int64_t multiply_few(const Call& call, int64_t threads) {
+  const int64_t n = call.product->n, rows = call.shape->rows, grain = 16 * call.shape->high;
+  const int64_t useful = n * call.shape->columns * rows < SMALL ? 1 : (rows + grain - 1) / grain;
+  if (threads > useful) threads = useful;
+  Launch launch = {call, {0}, {0}, {rows, grain, threads, {0}}};
+  if (threads <= 1) launch.rows.grain = rows + 1, launch.rows.threads = 1;  // in one piece
+  Input& input = launch.call.input;
+  call.variant->sizes(call.shape, call.tensors, call.product, &input.value_stride, &input.sum_stride);
+  float* space = scratch.need(static_cast<size_t>((input.value_stride + input.sum_stride) * n));
+  if (!space) return 1;
+  input.values = space;
+  input.sums = space + input.value_stride * n;
+  anybit_together(threads, work_on, &launch);
+  return 0;
 }
 
 struct Decoding {
@@ -152,12 +207,10 @@ void decode_rows(void* data, int64_t first, int64_t last) {
     d->variant->decode(d->shape, d->tensors, d->rows ? d->rows[i] : d->first + i, d->out + i * d->out_bytes, d->out_kind);
 }
 
-const int64_t SMALL = 1 << 17;  // products of fewer multiplications are not worth waking a second thread
-
 }  // namespace
 
 // Changes whenever grid.h, encode.h or a signature below does; native.py refuses a library of another number.
-EXPORT int64_t anybit_abi(void) { return 9; }
+EXPORT int64_t anybit_abi(void) { return 10; }
 
 // Names of the levels this machine runs, slowest first: writes up to `room` pointers, returns how many there are.
 EXPORT int64_t anybit_levels(const char** names, int64_t room) {
@@ -181,27 +234,26 @@ EXPORT int64_t anybit_use_level(const char* name) {
 // y = x @ W.T. Returns 0, or 1 when there is no memory for the scratch. From `many` rows of x on the weight is decoded once.
 EXPORT int64_t anybit_linear(const anybit_shape* shape, const anybit_tensors* tensors, const anybit_product* product,
                              int64_t many, int64_t threads) {
-  Call call = {shape, tensors, product, variant_of(shape), {}, 0, {0}};
-  const int64_t inputs = product->n * shape->columns;
-  if (product->n >= many) {
-    int64_t words = 0;
-    call.variant->block_sizes(shape, tensors, product, &words, &call.scratch);
-    float* space = scratch.need(static_cast<size_t>(words * product->n));
-    if (!space) return 1;
-    call.input = {space, nullptr, words, 0};
-    anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_block_inputs, &call);
-    const int64_t blocks = (shape->rows + call.variant->tall - 1) / call.variant->tall;
-    anybit_parallel(blocks, 1, inputs * shape->rows < SMALL ? 1 : threads, multiply_blocks, &call);
-    return call.lost != 0;
-  }
-  int64_t values = 0, sums = 0;
-  call.variant->sizes(shape, tensors, product, &values, &sums);
-  float* space = scratch.need(static_cast<size_t>((values + sums) * product->n));
+  const Call call = {shape, tensors, product, variant_of(shape), {}};
+  if (product->n < many) return multiply_few(call, threads);
+  Blocks all = {call, 0, {0}};
+  int64_t words = 0;
+  call.variant->block_sizes(shape, tensors, product, &words, &all.scratch);
+  float* space = scratch.need(static_cast<size_t>(words * product->n));
   if (!space) return 1;
-  call.input = {space, space + values * product->n, values, sums};
-  anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_inputs, &call);
-  anybit_parallel(shape->rows, 4 * shape->high, inputs * shape->rows < SMALL ? 1 : threads, multiply_rows, &call);
-  return 0;
+  all.call.input = {space, nullptr, words, 0};
+  const int64_t inputs = product->n * shape->columns;
+  anybit_parallel(product->n, 1, inputs < SMALL ? 1 : threads, take_block_inputs, &all);
+  const int64_t blocks = (shape->rows + call.variant->tall - 1) / call.variant->tall;
+  anybit_parallel(blocks, 1, inputs * shape->rows < SMALL ? 1 : threads, multiply_blocks, &all);
+  return all.lost != 0;
+}
+
+// The same with the places of a weight given once. y [n, rows] is contiguous and of x's kind, as every other of `kind`.
+EXPORT int64_t anybit_linear_bound(const anybit_bound* bound, const void* x, int64_t kind, int64_t n, int64_t x_row,
+                                   int64_t x_column, void* y, int64_t threads) {
+  const anybit_product product = bound->product_of(x, kind, n, x_row, x_column, y);
+  return anybit_linear(bound->shape, bound->tensors, &product, bound->many, threads);
 }
 
 // The same for a stack: expert e owns rows ends[e - 1] .. ends[e] of x and y. `strides`: bytes from one expert to the next of

@@ -22,26 +22,20 @@ typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
 struct Work {
-  int64_t count, piece;
+  Pieces pieces;
   void (*task)(void*, int64_t, int64_t);
   void* data;
-  std::atomic<int64_t> next;
 };
 
 void take_pieces(void* data) {
   Work* work = static_cast<Work*>(data);
-  for (;;) {
-    int64_t first = work->next.fetch_add(work->piece, std::memory_order_relaxed);
-    if (first >= work->count) return;
-    int64_t last = first + work->piece;
-    work->task(work->data, first, last < work->count ? last : work->count);
-  }
+  for (int64_t first, last; work->pieces.take(&first, &last);) work->task(work->data, first, last);
 }
 
 // Workers that sleep between products. One product at a time; a second caller works alone.
 class Pool {
  public:
-  bool run(Work* work, int64_t threads) {
+  bool run(void (*task)(void*), void* data, int64_t threads) {
     std::unique_lock<std::mutex> busy(one_caller_, std::try_to_lock);
     if (!busy.owns_lock()) return false;
     {
@@ -50,13 +44,14 @@ class Pool {
         std::thread([this, number = workers_] { serve(number); }).detach();
         workers_++;
       }
-      work_ = work;
+      task_ = task;
+      data_ = data;
       wanted_ = threads - 1;
       running_ = wanted_;
       round_++;
     }
     wake_.notify_all();
-    take_pieces(work);
+    task(data);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     return true;
@@ -70,9 +65,10 @@ class Pool {
       wake_.wait(lock, [&] { return round_ != seen; });
       seen = round_;
       if (number >= wanted_) continue;
-      Work* work = work_;
+      void (*task)(void*) = task_;
+      void* data = data_;
       lock.unlock();
-      take_pieces(work);
+      task(data);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
     }
@@ -80,7 +76,8 @@ class Pool {
 
   std::mutex one_caller_, mutex_;
   std::condition_variable wake_, done_;
-  Work* work_ = nullptr;
+  void (*task_)(void*) = nullptr;
+  void* data_ = nullptr;
   int64_t workers_ = 0, wanted_ = 0, running_ = 0;
   uint64_t round_ = 0;
 };
@@ -103,17 +100,32 @@ Pool* pool() {
 // The runtime's GOMP_parallel, or null for a pool of our own.
 EXPORT void anybit_use_gomp(void* function) { gomp_parallel = reinterpret_cast<GompParallel>(function); }
 
+bool Pieces::take(int64_t* first, int64_t* last) {
+  const int64_t least = (count / (64 * threads) / grain + 1) * grain;
+  int64_t start = next.load(std::memory_order_relaxed), size;
+  do {
+    if (start >= count) return false;
+    size = (count - start) / (2 * threads);
+    size = size < least ? least : size / grain * grain;
+  } while (!next.compare_exchange_weak(start, start + size, std::memory_order_relaxed));
+  *first = start;
+  *last = start + size < count ? start + size : count;
+  return true;
+}
+
+void anybit_together(int64_t threads, void (*task)(void*), void* data) {
+  if (threads <= 1) task(data);
+  else if (GompParallel parallel = gomp_parallel) parallel(task, data, static_cast<unsigned>(threads), 0);
+  else if (!pool()->run(task, data, threads)) task(data);
+}
+
 void anybit_parallel(int64_t count, int64_t grain, int64_t threads, void (*task)(void*, int64_t, int64_t), void* data) {
-  // several pieces a thread: a neighbour on the machine may slow one thread down
-  int64_t pieces = threads * 8, piece = (count + pieces - 1) / pieces;
-  piece = (piece + grain - 1) / grain * grain;
-  int64_t useful = (count + piece - 1) / piece;
+  const int64_t useful = (count + grain - 1) / grain;
   if (threads > useful) threads = useful;
   if (threads <= 1) {
     task(data, 0, count);
     return;
   }
-  Work work{count, piece, task, data, {0}};
-  if (GompParallel parallel = gomp_parallel) parallel(take_pieces, &work, static_cast<unsigned>(threads), 0);
-  else if (!pool()->run(&work, threads)) take_pieces(&work);
+  Work work{{count, grain, threads, {0}}, task, data};
+  anybit_together(threads, take_pieces, &work);
 }
