@@ -157,6 +157,7 @@ def test_language_models_of_those_that_see_are_read(architecture: str, tmp_path:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
+        ("mistral", {"sliding_window": 8}, "sliding_window is 8"),
         ("falcon-old", {"alibi": True}, "rotary"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "residual"),
         ("gpt_bigcode", {"multi_query": False}, "one head of keys"),

@@ -248,7 +248,7 @@ def test_what_its_converter_makes_gives_the_same_logits_there(name, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     found, wanted = bare(next((tmp_path / "out").iterdir())), small_logits(model)[0]
     print(f"{name}: logits differ by {float((found - wanted).norm() / wanted.norm()):.1e}")
-    assert (found - wanted).norm() < (3e-2 if name.startswith("gemma3n") else 2e-3) * wanted.norm()
+    assert (found - wanted).norm() < (3e-2 if name.startswith("gemma3n") else 4e-3) * wanted.norm()
 
 
 def test_parts_give_the_same_logits_there(tmp_path):

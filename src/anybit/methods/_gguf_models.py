@@ -23,6 +23,7 @@ from anybit.methods._gguf_architecture import (
     TWO_NORMS,
     Architecture,
     Joined,
+    Settings,
     blocks,
     every_other,
 )  # fmt: skip
@@ -44,11 +45,23 @@ def describe(metadata: Metadata) -> Architecture:
     return found
 
 
+def _window(settings: Settings) -> str | None:
+    """Mistral's first model."""
+    window = settings.get("sliding_window")
+    if window is None or window >= settings["max_position_embeddings"]:
+        return None
+    return (
+        f"its Llama sees the whole text, and sliding_window is {window}; for texts no longer than that, set it to null"
+    )
+
+
 _QWEN3 = {**LLAMA, **blocks(HEAD_NORMS)}
 _GEMMA2 = {**ENDS, **blocks({**FOUR_NORMS, **ATTENTION, **MLP})}
 
 _DENSE: dict[str, Architecture] = {
-    "llama": Architecture("llama", "LlamaForCausalLM", LLAMA, read.llama, turned=ROTARY, others=("mistral",)),
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", LLAMA, read.llama, turned=ROTARY, others=("mistral",), refusal=_window,
+    ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", LLAMA, read.qwen2),
     "qwen2moe": Architecture(
         "qwen2_moe", "Qwen2MoeForCausalLM", {**MOE, **blocks({**SHARED_EXPERT, "ffn_gate_inp_shexp": "mlp.shared_expert_gate"})},
