@@ -26,8 +26,8 @@ from anybit.engine.convert import (
     RESCALED,
     Conversion,
     unit_job,
-    units_of,
 )
+from anybit.engine.convert_units import sources_of
 from anybit.engine.load import Prepared, prepare
 from anybit.errors import AnybitError
 from anybit.quantizers.auto import AutoHfQuantizer
@@ -134,8 +134,9 @@ def _outcome(ready: Prepared, entry: Any, label: str, scheme: str, config: Any, 
     try:
         target = AutoHfQuantizer.from_config(config, pre_quantized=False)
         target.begin(ready.model, list(ready.names.slots.values()))
-        units = units_of(ready, entry, entry.parts[0], target)
-        unit_job(ready, entry, entry.parts[0], units[:1], report, anew, torch.device("cpu")).make()
+        source = sources_of(ready, entry, target)[0]
+        source = replace(source, units=source.units[:1])
+        unit_job(ready, entry, source, report, anew, torch.device("cpu")).make()
     except (AnybitError, RuntimeError) as error:  # the latter is a mistake of a layout; the page then shows it
         reason = str(error).partition(" kept: ")[2].partition(". Allow requant")[0] or str(error)
         return Found(label, scheme, "", reason=reason)

@@ -9,8 +9,8 @@ to the model's dtype). A target that quantizes inputs in another way keeps the w
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from anybit import algorithms
 from anybit.engine.bundling import bundle_for, write_bundle
+from anybit.engine.convert_units import Source, bias_job, dense_name, read, sources_of, turned, unit_specs
+from anybit.engine.dequantize import joined_biases
 from anybit.engine.load import Prepared, Progress, prepare
-from anybit.engine.materialize import dense_part, make_weight
-from anybit.engine.names import WHOLE
-from anybit.engine.plan import Entry, PlannedPart, module_info, refuse_unmeasured
+from anybit.engine.names import ExpertBiases
+from anybit.engine.plan import Entry, refuse_unmeasured
 from anybit.engine.quantize import copy_job, source_config, stored_of
-from anybit.engine.write import Job, Spec, write_checkpoint
+from anybit.engine.write import Job, write_checkpoint
 from anybit.errors import CalibrationNeeded, ConfigError, NotRepresentable
 from anybit.quantizers.auto import AutoHfQuantizer
-from anybit.quantizers.base import HfQuantizer
 from anybit.quantizers.checkpoint_config import KEY
-from anybit.weight import Activation, Layout, ModuleInfo, Weight
+from anybit.weight import Activation, Layout, Weight
 from anybit.weight.layout import join_name
 from anybit.weight.rewriting import rewrite
 
@@ -37,7 +37,6 @@ EXACT, RESCALED, REQUANTIZED, DENSE = "exact", "rescaled", "requantized", "dense
 # large as what they add up to. More than that is another weight.
 MOST_RESCALED = 2.0**-7
 ROUNDED = "the target stores its scales or offsets in fewer bits, or multiplies them in another dtype"
-FOLDED = "it is stored together with scales or a rotation of its input, which only the source's method knows"
 # what methods call the same numbers
 SAME_NUMBERS = {"float8_e4m3fn": "e4m3", "nvfp4": "e2m1", "mxfp4": "e2m1"}
 
@@ -111,20 +110,26 @@ def convert(
     folds = ready.quantizer.folds
     jobs: list[Job] = []
     made: dict[str, Layout] = {}
+    apart: dict[str, Job | None] = {}  # biases of stacks that are taken apart
     for entry in ready.plan.entries:
-        units = [units_of(ready, entry, part, target) for part in entry.parts]
-        if not all(unit.layout for own in units for unit in own):  # a stack is packed whole or not at all
-            if entry.action == "dense":
-                fold = folds.get(entry.slot.parameter)
-                jobs += [copy_job(ready.checkpoint, info, None, fold) for info in stored_of(entry)]
-                continue
-            units = [[replace(unit, layout=None) for unit in own] for own in units]
-        made |= {unit.name: unit.layout for own in units for unit in own if unit.layout is not None}
-        for part, own in zip(entry.parts, units, strict=True):
-            jobs.append(unit_job(ready, entry, part, own, report, allow_requantize, torch.device(device)))
+        sources = sources_of(ready, entry, target)
+        own = {unit.name: unit.layout for source in sources for unit in source.units if unit.layout is not None}
+        if not own and entry.action == "dense":
+            fold = folds.get(entry.slot.parameter)
+            jobs += [copy_job(ready.checkpoint, info, None, fold) for info in stored_of(entry)]
+            continue
+        made |= own
+        jobs += [unit_job(ready, entry, source, report, allow_requantize, torch.device(device)) for source in sources]
+        if sources[0].units[0].expert is not None:
+            apart[f"{entry.slot.parameter}_bias"] = bias_job(ready, entry, sources[0])
     for key, infos in ready.plan.plain.items():
+        biases = ready.plan.conversions.get(key)
         if key in ready.quantizer.attached:
             report.left_out += [info.name for info in infos]
+        elif (cut := apart.get(key)) is not None:
+            jobs.append(cut)
+        elif isinstance(biases, ExpertBiases) and key not in apart:
+            jobs.append(joined_biases(ready, biases))
         else:
             jobs += [copy_job(ready.checkpoint, info, None, folds.get(key)) for info in infos]
     bundled = bundle_for(target, ready, jobs, src)
@@ -146,82 +151,28 @@ def convert(
     return report
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One weight of the result. `expert`: the one of a stored stack that it is; `layout` None: dense."""
-
-    name: str
-    shape: tuple[int, ...]
-    layout: Layout | None
-    expert: int | None = None
-
-
-def units_of(ready: Prepared, entry: Entry, part: PlannedPart, target: HfQuantizer) -> list[Unit]:
-    """What a stored unit becomes: one of the same name in transformers' checkpoints, or one of each expert of a stack."""
-    name = part.prefix if entry.action == "dense" else part.dense_prefix
-    if "*" not in name:
-        info = module_info(entry.slot, part, entry.parts, ready.plan.dtype)
-        info = replace(info, name=name) if info.name == part.prefix else info
-        return [Unit(name, info.shape, target.layout_for(info))]
-    assert part.layout is not None
-    experts, *shape = part.layout.shape
-    dtype = str(ready.plan.dtype).removeprefix("torch.")
-    infos = [ModuleInfo(name.replace("*", str(expert)), "linear", tuple(shape), dtype) for expert in range(experts)]
-    return [Unit(info.name, info.shape, target.layout_for(info), expert) for expert, info in enumerate(infos)]
-
-
 def unit_job(
-    ready: Prepared,
-    entry: Entry,
-    part: PlannedPart,
-    units: Sequence[Unit],
-    report: Conversion,
-    allow_requantize: bool,
-    device: torch.device,
+    ready: Prepared, entry: Entry, source: Source, report: Conversion, allow_requantize: bool, device: torch.device
 ) -> Job:
-    """The job that reads one stored unit and makes what it becomes; its `make` notes that in the report, or raises."""
-    turned = entry.slot.transposed and part.index == WHOLE and units[0].expert is None
-    bare = entry.slot.kind == "experts" and part.index == WHOLE and units[0].expert is None  # no ".weight"
-    assert ready.quantizer is not None
-    fold = ready.quantizer.folds.get(entry.slot.parameter)
-    specs: dict[str, Spec] = {}
-    shrinking: set[str] = set()
-    for unit in units:
-        if unit.layout is not None:
-            specs |= {join_name(unit.name, own): spec for own, spec in unit.layout.specs().items()}
-            shrinking |= {join_name(unit.name, own) for own in unit.layout.shrinking()}
-        else:
-            *lead, rows, columns = unit.shape
-            shape = (*lead, columns, rows) if turned else unit.shape
-            specs[unit.name if bare else join_name(unit.name, "weight")] = (
-                str(ready.plan.dtype).removeprefix("torch."), shape,
-            )  # fmt: skip
+    """The job that reads stored units and makes what they become; its `make` notes that in the report, or raises."""
+    specs, shrinking = unit_specs(ready, entry, source)
+    flipped = turned(entry, source)
 
     def make() -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        weight = make_weight(ready.model, entry, part, ready.checkpoint, device) if entry.action != "dense" else None
-        for unit in units:
-            if weight is None:
-                own, dense = None, dense_part(ready.model, entry, part, ready.checkpoint).to(device)
-            else:
-                own = weight if unit.expert is None else weight.select(unit.expert)
-                dense = own.to_dense(torch.float32)
-            if fold is not None:
-                own, dense = None, fold(dense.to(torch.float32))
+        for unit, (weight, dense, reason) in read(ready, entry, source, device):
             if unit.layout is None:
                 rounded = dense.to(ready.plan.dtype)
-                error = _error(rounded.float(), dense)
-                report.modules.append(ConvertedModule(unit.name, DENSE, error, "the target leaves it dense"))
-                name = unit.name if bare else join_name(unit.name, "weight")
-                found[name] = (rounded.transpose(-1, -2).contiguous() if turned else rounded).cpu()
+                error = _error(rounded.float(), dense.float())
+                report.modules.append(ConvertedModule(unit.name, DENSE, error, source.reason))
+                found[dense_name(unit)] = (rounded.transpose(-1, -2).contiguous() if flipped else rounded).cpu()
                 continue
-            reason = "it was stored dense" if weight is None else FOLDED
-            made = _converted(own, dense, unit.name, unit.layout, report, allow_requantize, reason)
+            made = _converted(weight, dense, unit.name, unit.layout, report, allow_requantize, reason)
             found |= {join_name(unit.name, own): tensor.cpu() for own, tensor in unit.layout.encode(made).items()}
         ready.checkpoint.release()
         return found
 
-    return Job(part.prefix, specs, make, frozenset(shrinking))
+    return Job(source.parts[0].prefix, specs, make, shrinking)
 
 
 def _converted(

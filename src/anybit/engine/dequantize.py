@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from anybit.engine import skeleton
 from anybit.engine.load import Prepared, Progress, prepare
-from anybit.engine.materialize import make_weight
-from anybit.engine.names import WHOLE
+from anybit.engine.materialize import assembled, dense_part, make_weight, oriented
+from anybit.engine.names import WHOLE, ExpertBiases
 from anybit.engine.plan import Entry, Plan, PlannedPart
 from anybit.engine.quantize import Fold, copy_job, source_config, stored_of
 from anybit.engine.write import Job, Spec, write_checkpoint
@@ -51,12 +51,17 @@ def dequantize(
     folds = {**ready.quantizer.folds, **(changes or {})}
     for entry in ready.plan.entries:
         fold = folds.get(entry.slot.parameter)
-        if entry.action == "dense":
+        if entry.parts[0].index[0] is not None and ready.names.stores_stack(entry.slot):
+            jobs.append(_dense_stack_job(ready, entry, torch.device(device), fold))
+        elif entry.action == "dense":
             jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype, fold) for info in stored_of(entry)]
         else:
             jobs += [_dense_job(ready, entry, part, torch.device(device), fold) for part in entry.parts]
     for key, infos in ready.plan.plain.items():
-        if key not in ready.quantizer.attached:
+        biases = ready.plan.conversions.get(key)
+        if isinstance(biases, ExpertBiases):
+            jobs.append(joined_biases(ready, biases))
+        elif key not in ready.quantizer.attached:
             jobs += [copy_job(ready.checkpoint, info, ready.plan.dtype, folds.get(key)) for info in infos]
     # what several weights are made of is copied once
     jobs = list({next(iter(job.specs)): job for job in jobs}.values())
@@ -102,6 +107,46 @@ def _dense_job(ready: Prepared, entry: Entry, part: PlannedPart, device: torch.d
 
     specs: dict[str, Spec] = {name: (str(dtype).removeprefix("torch."), tuple(shape))}
     return Job(part.prefix, specs, make)
+
+
+def _dense_stack_job(ready: Prepared, entry: Entry, device: torch.device, fold: Fold | None) -> Job:
+    """The stack of experts that were stored one by one, as the model's class and its dense checkpoints have it."""
+    dtype = ready.plan.dtype
+
+    def own(part: PlannedPart) -> Tensor:
+        if part.layout is None:
+            return dense_part(ready.model, entry, part, ready.checkpoint).to(dtype)
+        weight = make_weight(ready.model, entry, part, ready.checkpoint, device)
+        return weight.to_dense(dtype if fold is None else torch.float32)
+
+    def make() -> dict[str, Tensor]:
+        dense = assembled((part, own(part)) for part in entry.parts)
+        ready.checkpoint.release()
+        return {name: oriented(entry, dense if fold is None else fold(dense).to(dtype)).cpu()}
+
+    name = stack_name(entry)
+    *lead, rows, columns = entry.slot.shape
+    shape = (*lead, columns, rows) if entry.slot.transposed else entry.slot.shape
+    return Job(name, {name: (str(dtype).removeprefix("torch."), tuple(shape))}, make)
+
+
+def stack_name(entry: Entry) -> str:
+    """What the checkpoint would call the stack of experts that are stored one by one."""
+    start = entry.parts[0].dense_prefix.rpartition(".experts.")[0]
+    return f"{start}.experts.{entry.slot.parameter.rpartition('.')[2]}"
+
+
+def joined_biases(ready: Prepared, biases: ExpertBiases) -> Job:
+    """Biases of experts that were stored one by one, as the model has them."""
+    (first, _), *_ = biases.sources
+    name = f"{first.rpartition('.experts.')[0]}.experts.{biases.renamed.rpartition('.')[2]}"
+    dtype = ready.plan.dtype
+
+    def make() -> dict[str, Tensor]:
+        return {name: biases.run(ready.checkpoint.read, ready.model)[biases.renamed].to(dtype)}
+
+    shape = tuple(ready.names.state[biases.renamed].shape)
+    return Job(name, {name: (str(dtype).removeprefix("torch."), shape)}, make)
 
 
 def _dense_experts_job(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from anybit.kernels import Kernel
 from anybit.modules import PackedWeight, Part, QuantEmbedding, QuantExperts, QuantLinear, TiedLinear
 from anybit.quantizers.attachments import carry_over
 from anybit.weight import Layout, Weight
+from anybit.weight.joining import Alternating
 from anybit.weight.layout import join_name
 from anybit.weight.row_cut import RowCutLayout
 
@@ -101,10 +102,18 @@ def covering(
 def assembled(parts: Iterable[tuple[PlannedPart, Tensor]]) -> Tensor:
     """The logical weight, [out, in] or [experts, out, in], that units make together."""
     rows: dict[int | None, list[Tensor]] = {}
+    turns = False
     for part, value in parts:
         rows.setdefault(part.index[0], []).append(value)
-    experts = [torch.cat(own) if len(own) > 1 else own[0] for own in rows.values()]
+        turns = turns or isinstance(part.index[1], Alternating)
+    join = by_turns if turns else torch.cat
+    experts = [join(own) if len(own) > 1 else own[0] for own in rows.values()]
     return experts[0] if None in rows else torch.stack(experts)
+
+
+def by_turns(matrices: Sequence[Tensor]) -> Tensor:
+    """Their rows one after the other: the first of each, then the second of each."""
+    return torch.stack(list(matrices), 1).flatten(0, 1)
 
 
 def oriented(entry: Entry, logical: Tensor) -> Tensor:
@@ -130,6 +139,9 @@ def read_dense(model: nn.Module, entry: Entry, plan: Plan, checkpoint: Checkpoin
     dtype = plan.dtype_in_memory(entry.slot.parameter, first.stored[first.dense_name])
     if first.index == WHOLE:
         return checkpoint.read(first.stored[first.dense_name].name).to(dtype)
+    if entry.slot.transposed or isinstance(first.index[1], Alternating):
+        parts = ((part, checkpoint.read(part.stored[part.dense_name].name)) for part in entry.parts)
+        return oriented(entry, assembled(parts)).to(dtype)
     # parts are written where they belong, one at a time
     full = torch.empty(entry.slot.shape, dtype=dtype)
     experts = {expert: number for number, expert in enumerate(dict.fromkeys(part.index[0] for part in entry.parts))}

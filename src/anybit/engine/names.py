@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from anybit.engine.skeleton import Slot
 from anybit.errors import CorruptFile
+from anybit.weight.joining import Alternating
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,11 @@ WHOLE: Index = (None, None)
 Cut = tuple[str, int, int]  # (name of a stored unit, first row, rows of the unit)
 # llmcompressor on transformers 5 takes experts apart under the class's new names, where the checkpoint's own are these
 OLDER_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+# an expert's own layers -> (the stack that they are cut from, which of its rows)
+CUT_EXPERTS: Mapping[str, tuple[str, int | None]] = {
+    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None),
+}  # fmt: skip
+_CUT_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _EXPERT = re.compile(r"(\.experts\.\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 # gptqmodel takes fused layers apart before it quantizes them (Phi-3) and saves the parts: part -> (layer, which of its rows)
 FUSED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
@@ -51,6 +58,11 @@ class Conversion:
         first, *others = self.converter.target_patterns
         return [self.renamed, *(self.renamed.replace(first, other) for other in others)]
 
+    @property
+    def operations(self) -> Sequence[Any]:
+        """What transformers does to the stored tensors."""
+        return self.converter.operations if self.converter is not None else ()
+
     def run(self, read: Callable[[str], Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Model key -> tensor."""
         converter = copy.deepcopy(self.converter)
@@ -63,6 +75,46 @@ class Conversion:
             raise CorruptFile(
                 f"{[name for name, _ in self.sources][:4]} could not be converted to {missing[0]!r}: they gave {sorted(found)}"
             )
+        return found
+
+
+@dataclass
+class ExpertBiases(Conversion):
+    """Biases of experts' own layers that become one tensor [experts, out]. `places`: stored name -> index of its weight."""
+
+    places: dict[str, Index] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[str]:
+        return [self.renamed]
+
+    def run(self, read: Callable[[str], Tensor], model: nn.Module) -> dict[str, Tensor]:
+        rows: dict[int | None, dict[int, Tensor]] = {}
+        for name, (expert, position) in self.places.items():
+            rows.setdefault(expert, {})[int(position or 0)] = read(name)
+        experts = sorted(rows, key=lambda expert: expert or 0)
+        turns = any(isinstance(position, Alternating) for _, position in self.places.values())
+        made = [[rows[expert][position] for position in sorted(rows[expert])] for expert in experts]
+        joined = [torch.stack(own, 1).flatten() if turns else torch.cat(own) for own in made]
+        wanted = model.state_dict()[self.renamed].shape
+        if len({tensor.shape for tensor in joined}) != 1 or (len(joined), *joined[0].shape) != tuple(wanted):
+            raise CorruptFile(
+                f"{self.renamed} [{', '.join(map(str, wanted))}] cannot be made of {len(self.places)} stored biases, e.g. "
+                f"{self.sources[0][0]}: some are missing"
+            )
+        return {self.renamed: torch.stack(joined)}
+
+    def split(self, joined: Tensor) -> dict[str, Tensor]:
+        """Inverse of `run`: the tensor [experts, out] as it is stored."""
+        experts = sorted({expert or 0 for expert, _ in self.places.values()})
+        found = {}
+        for name, (expert, position) in self.places.items():
+            own = joined[experts.index(expert or 0)]
+            if isinstance(position, Alternating):
+                own = own[int(position) :: 2]
+            elif position is not None:
+                own = own.chunk(2)[position]
+            found[name] = own.contiguous()
         return found
 
 
@@ -102,6 +154,7 @@ class Names:
         mapping = get_model_conversion_mapping(model)
         self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._model = model
         self.state: dict[str, Any] = dict(model.state_dict())
         self.slots = slots
         self.other_names = other_names
@@ -116,7 +169,9 @@ class Names:
         found, keys = Sorted(), list(keys)
         shared = self._shared_units(keys)
         for key in keys:
-            if self._beside(key, found) or (shared and self._in_shared(key, shared, found)):
+            if self._in_biases(key, found) or self._beside(key, found):
+                continue
+            if shared and self._in_shared(key, shared, found):
                 continue
             renamed, converter, pattern = self.rename(key)
             if converter is not None and not _keeps_parts(converter):
@@ -157,6 +212,19 @@ class Names:
         if part is None:  # a part belongs to one sorting: files are sorted again, with other tensors
             part = parts[index] = Part(prefix)
         part.stored[_relative(relative)] = key
+        return True
+
+    def _in_biases(self, key: str, found: Sorted) -> bool:
+        """Place the bias of an expert's layer that was cut from a stack: the model has one tensor for those of all experts."""
+        if not key.endswith(".bias") or ".experts." not in key:
+            return False
+        place = self._part(f"{key.removesuffix('bias')}weight")
+        own = "" if place is None else f"{place[0]}_bias"
+        if place is None or place[1][0] is None or own not in self.state:
+            return False
+        biases = found.conversions.setdefault(own, ExpertBiases(None, own))
+        biases.sources.append((key, ""))
+        biases.places[key] = place[1]  # type: ignore[attr-defined]
         return True
 
     def _shared_units(self, keys: Sequence[str]) -> dict[str, list[str]]:
@@ -284,12 +352,36 @@ class Names:
         slot = f"{parent}.{fused}.weight"
         return (slot, (None, position)) if slot in self.slots and self.slots[slot].kind == "linear" else None
 
+    def _expert_of_stack(self, renamed: str) -> tuple[str, Index] | None:
+        """Place an expert's layer that a quantizer cut from a stack which the model class stores whole (GPT-OSS, Llama 4)."""
+        match = _CUT_EXPERT.fullmatch(renamed)
+        own, position = CUT_EXPERTS[match[3]] if match is not None else ("", None)
+        slot = self.slots.get(f"{match[1]}.{own}") if match is not None else None
+        if match is None or slot is None or slot.kind != "experts":
+            return None
+        return slot.parameter, (int(match[2]), self.position(slot, position))
+
+    def position(self, slot: Slot, number: int | None) -> int | None:
+        """Where an expert's gate (0) or up (1) lies in its rows: one above the other, or by turns as GPT-OSS has them."""
+        turns = getattr(self.owner(slot), "is_concatenated", True) is False
+        return Alternating(number) if turns and number is not None else number
+
+    def owner(self, slot: Slot) -> Any:
+        """The module of the model that a stack of experts is a parameter of."""
+        return self._model.get_submodule(slot.parameter.rpartition(".")[0])
+
+    def stores_stack(self, slot: Slot) -> bool:
+        """Whether transformers' own checkpoints have all experts in one tensor, as the class holds them."""
+        makes = [pattern.strip("^$.") for one in self.converters for pattern in one.target_patterns]
+        return slot.kind == "experts" and not any(pattern in slot.parameter for pattern in makes)
+
     def _find_part(self, key: str) -> tuple[str, Index] | None:
         own = self._renamed(key)
         renamed, converter, pattern = self._rename(key, own)
         if renamed not in self.slots:
             older = _EXPERT.sub(lambda match: f"{match[1]}.{OLDER_NAMES[match[2]]}.weight", key)
-            return self._find_part(older) if older != key else self._part_of_fused(renamed)
+            found = self._find_part(older) if older != key else self._part_of_fused(renamed)
+            return found or self._expert_of_stack(renamed)
         if converter is None:
             return renamed, WHOLE
         if not _keeps_parts(converter):

@@ -504,7 +504,7 @@ def _check_convertible(part: PlannedPart, quantizer: HfQuantizer | None) -> None
     """transformers' operations turn dense tensors into others; they know nothing of packed ones."""
     for info in part.stored.values():
         if quantizer is not None and info.dtype not in _DENSE:
-            kinds = [type(operation).__name__ for operation in part.conversion.converter.operations]  # type: ignore[union-attr]
+            kinds = [type(operation).__name__ for operation in part.conversion.operations]  # type: ignore[union-attr]
             raise UnexpectedTensor(
                 f"tensor {info.name!r} in {info.file} is {info.dtype}: {quantizer.method_name} has it packed, and the model "
                 f"class makes {part.prefix} of it by {', '.join(kinds)}, which is possible with dense weights only. Dequantize "

@@ -317,7 +317,7 @@ class _Rotation:
             *(part.conversion for part in (entry.parts if entry else ())),
         ]
         for conversion in conversions:
-            kinds = {type(one).__name__ for one in conversion.converter.operations} if conversion is not None else set()
+            kinds = {type(one).__name__ for one in getattr(conversion, "operations", ())}
             if kinds - JOINING:
                 raise self._refuse(key, f"it is made of stored tensors by {', '.join(sorted(kinds - JOINING))}")
         turned = entry is not None and entry.slot.transposed and all(part.conversion is None for part in entry.parts)

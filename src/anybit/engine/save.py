@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from anybit.containers import Checkpoint, TensorInfo
-from anybit.engine.names import WHOLE, restored_names
+from anybit.engine.names import WHOLE, ExpertBiases, restored_names
 from anybit.engine.write import Arrangement, Job, Spec, side_files, write_checkpoint
 from anybit.errors import CheckpointError, InvalidOption, did_you_mean
 from anybit.modules import PackedWeight, TiedLinear
 from anybit.quantizers.checkpoint_config import KEY, read_json
+from anybit.weight.joining import Alternating
 from anybit.weight.layout import join_name
 from anybit.weight.row_cut import RowCutLayout
 
@@ -267,6 +268,8 @@ def _dense_jobs(model: nn.Module, plan: Plan) -> list[Job]:
                 jobs += _part_jobs(entry, tensor, module, own)
         elif key in plan.plain and key not in plan.conversions:
             jobs.append(_job(model, plan.plain[key][0], module, own))
+        elif isinstance(plan.conversions.get(key), ExpertBiases):
+            jobs.append(_bias_job(plan.conversions[key], module, own))  # type: ignore[arg-type]
         else:
             changed_names.append((module, key, own))
     return jobs + _converted_jobs(model, changed_names)
@@ -325,10 +328,24 @@ def _part_jobs(entry: Any, tensor: Tensor, module: nn.Module, own: str) -> list[
             with _at_hand(module):
                 whole = _tensor(module, own).detach()
                 matrix = whole if part.index[0] is None else whole[experts[part.index[0]]]
-                return {name: matrix[..., start : start + rows, :].cpu()}
+                matrix = matrix.mT if entry.slot.transposed else matrix
+                turns = isinstance(part.index[1], Alternating)
+                own_rows = slice(int(part.index[1]), None, 2) if turns else slice(start, start + rows)
+                return {name: matrix[..., own_rows, :].cpu().contiguous()}
 
         jobs.append(Job(info.name, {info.name: (_spec(tensor)[0], tuple(info.shape))}, make))
     return jobs
+
+
+def _bias_job(biases: ExpertBiases, module: nn.Module, own: str) -> Job:
+    """Biases of all experts, each under its own name again."""
+
+    def make() -> dict[str, Tensor]:
+        with _at_hand(module):
+            return biases.split(_tensor(module, own).detach().cpu())
+
+    empty = torch.empty_like(_tensor(module, own), device="meta")
+    return Job(biases.renamed, {name: _spec(tensor) for name, tensor in biases.split(empty).items()}, make)
 
 
 def _converted_jobs(model: nn.Module, found: list[tuple[nn.Module, str, str]]) -> list[Job]:

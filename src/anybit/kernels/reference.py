@@ -12,6 +12,7 @@ from anybit.errors import NoKernel
 from anybit.kernels.base import Kernel
 from anybit.weight import Weight
 from anybit.weight.activation import RULES
+from anybit.weight.joining import in_stored_order
 from anybit.weight.weight import row_chunks
 
 
@@ -35,6 +36,11 @@ class Reference(Kernel):
 
 def multiply(weight: Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out] in x's dtype, by the weight's activation rule if it has one."""
+    stored = in_stored_order(weight)
+    if stored is not None:
+        own, places = stored[0], stored[1].long()
+        y = multiply(own, x, None if bias is None else bias[places])
+        return torch.empty_like(y).index_copy_(1, places, y)
 
     def product(rows: Tensor) -> Tensor:
         return _product(weight, rows)

@@ -21,7 +21,7 @@ from anybit.kernels._direct import Bound, unobserved
 from anybit.kernels.ops import full_spec
 from anybit.modules.proxy import PackedTensor
 from anybit.weight import Layout, Weight
-from anybit.weight.joining import join_rows, split_rows, stack
+from anybit.weight.joining import Alternating, alternate_rows, join_rows, split_alternating, split_rows, stack
 from anybit.weight.layout import join_name
 
 _TENSOR = "_packed_"
@@ -244,7 +244,8 @@ def joined(indexes: Sequence[Index], weights: Sequence[Weight]) -> Weight:
     by_expert: dict[int | None, list[Weight]] = {}
     for (expert, _), weight in zip(indexes, weights, strict=True):
         by_expert.setdefault(expert, []).append(weight)
-    rows = [join_rows(own) for own in by_expert.values()]
+    join = alternate_rows if isinstance(indexes[0][1], Alternating) else join_rows
+    rows = [join(own) for own in by_expert.values()]
     return rows[0] if None in by_expert else stack(rows)
 
 
@@ -264,5 +265,8 @@ def _split(parts: tuple[Part, ...], weight: Weight) -> list[Weight]:
     found: list[Weight] = []
     for number, (expert, own) in enumerate(heights.items()):
         matrix = weight if expert is None else weight.select(number)
-        found += split_rows(matrix, own) if len(own) > 1 else [matrix]
+        if isinstance(parts[0].index[1], Alternating):
+            found += split_alternating(matrix, len(own))
+        else:
+            found += split_rows(matrix, own) if len(own) > 1 else [matrix]
     return found

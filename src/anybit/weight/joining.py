@@ -14,6 +14,7 @@ from anybit._lazy import torch
 from anybit.errors import NotRepresentable
 from anybit.weight import nodes
 from anybit.weight.activation import Activation, beside
+from anybit.weight.gathering import gather_rows
 from anybit.weight.nodes import Node, map_tensors, tensors_of
 from anybit.weight.slicing import slice_rows
 from anybit.weight.weight import Weight
@@ -111,6 +112,59 @@ def join_rows(weights: Sequence[Weight]) -> Weight:
     trees = [weight.tree for weight in weights]
     joined = _join(trees)
     return Weight(joined if joined is not None else nodes.Rows(tuple(trees)), first.dtype, activation)
+
+
+class Alternating(int):
+    """Position of a part whose rows take turns with those of the others: row r of part p of n is row r * n + p."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alternating) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Alternating, int(self)))
+
+
+def alternate_rows(weights: Sequence[Weight]) -> Weight:
+    """Matrices of one shape, their rows by turns. Extras are left behind.
+
+    A tree whose rows cannot be picked, or that has scales of inputs for each part, stays as `join_rows` makes it, and its rows
+    are put in order when they are read: Transpose(Permute(Transpose(tree))).
+    """
+    whole = join_rows(weights)
+    count, rows = len(weights), weights[0].shape[-2]
+    if whole.activation is None or not whole.activation.tensors:
+        try:
+            return replace(
+                whole, tree=gather_rows(whole.tree, torch.arange(count * rows).view(count, rows).T.reshape(-1))
+            )
+        except NotRepresentable:
+            pass
+    places = torch.arange(count * rows, dtype=torch.int32).view(rows, count).T.reshape(-1)  # of each row of the tree
+    order = nodes.Permute(nodes.Transpose(whole.tree), places.to(whole.device))
+    return replace(whole, tree=nodes.Transpose(order))
+
+
+def in_stored_order(weight: Weight) -> tuple[Weight, Tensor] | None:
+    """The weight with its rows as they are stored, and where they belong; None if that is no difference."""
+    match weight.tree:
+        case nodes.Transpose(child=nodes.Permute(child=nodes.Transpose(child=tree), index=places)):
+            return replace(weight, tree=tree), places
+    return None
+
+
+def split_alternating(weight: Weight, count: int) -> list[Weight]:
+    """Inverse of `alternate_rows`."""
+    rows = weight.shape[-2] // count
+    stored = in_stored_order(weight)
+    if stored is not None:
+        return split_rows(stored[0], [rows] * count)
+    return [
+        replace(weight, tree=gather_rows(weight.tree, torch.arange(position, count * rows, count)))
+        for position in range(count)
+    ]
 
 
 def split_rows(weight: Weight, rows: Sequence[int]) -> list[Weight]:
