@@ -10,7 +10,7 @@ the source's values. A pair of methods gets the best of its outcomes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ PAGE = ROOT / "docs" / "conversions.md"
 GROUPS = (32, 64, 128)  # for schemes that have groups, beside their own
 ORDER = (EXACT, RESCALED, REQUANTIZED)
 LETTERS = {EXACT: "exact", RESCALED: "rescaled", REQUANTIZED: "anew"}
+Outcomes = dict[tuple[str, str], "list[Found]"]
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,11 @@ def _outcome(ready: Prepared, entry: Any, label: str, scheme: str, config: Any, 
         return Found(label, scheme, "", reason=reason)
     (module,) = report.modules
     if module.kind == DENSE:
-        return Found(label, scheme, "", reason="the target leaves this weight dense")
+        return Found(label, scheme, "", reason=f"the target leaves this weight dense: {module.reason}")
     return Found(label, scheme, module.kind, module.error, module.reason, module.inputs, anew)
 
 
-def page(found: dict[tuple[str, str], list[Found]], dense: dict[str, float]) -> str:
+def page(found: Outcomes, dense: dict[str, float]) -> str:
     """The Markdown of all outcomes."""
     rows = list(dict.fromkeys(source for source, _ in found))
     columns = sorted({target for _, target in found})
@@ -195,28 +196,34 @@ def page(found: dict[tuple[str, str], list[Found]], dense: dict[str, float]) -> 
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    found: dict[tuple[str, str], list[Found]] = {}
+def measured(methods: Iterable[str | None]) -> tuple[Outcomes, dict[str, float]]:
+    """Outcomes by (source's method, target's), and the error of everything made dense, for files of these methods (None: all)."""
+    found: Outcomes = {}
     dense: dict[str, float] = {}
     first: dict[str, Path] = {}
-    for method, source in sources():
-        try:
-            for target, item in measure(source):
-                found.setdefault((method, target), []).append(item)
-                first.setdefault(method, source)
-        except AnybitError as error:
-            sys.stderr.write(f"{source}: {error}\n")
-            continue
-        error = dense_error(source)
-        if error is not None:
-            dense[method] = max(error, dense.get(method, 0.0))
-        sys.stderr.write(f"{source.relative_to(GOLDEN)}\n")
+    for only in methods:
+        for method, source in sources(only):
+            try:
+                for target, item in measure(source):
+                    found.setdefault((method, target), []).append(item)
+                    first.setdefault(method, source)
+            except AnybitError as error:
+                sys.stderr.write(f"{source}: {error}\n")
+                continue
+            error = dense_error(source)
+            if error is not None:
+                dense[method] = max(error, dense.get(method, 0.0))
+            sys.stderr.write(f"{source.relative_to(GOLDEN)}\n")
     for (method, target), own in found.items():
         best = min(own, key=lambda item: item.rank)
         if not best.kind:
             own.append(anew(first[method], target, best))
-    PAGE.write_text(page(found, dense), encoding="utf-8")
+    return found, dense
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    PAGE.write_text(page(*measured([None])), encoding="utf-8")
 
 
 def dense_error(source: Path) -> float | None:

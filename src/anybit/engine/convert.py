@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from anybit.errors import CalibrationNeeded, ConfigError, NotRepresentable
 from anybit.quantizers.auto import AutoHfQuantizer
 from anybit.quantizers.checkpoint_config import KEY
 from anybit.weight import Activation, Layout, Weight
+from anybit.weight.elements import without_codes
 from anybit.weight.layout import join_name
 from anybit.weight.rewriting import rewrite
 
@@ -37,6 +38,10 @@ EXACT, RESCALED, REQUANTIZED, DENSE = "exact", "rescaled", "requantized", "dense
 # large as what they add up to. More than that is another weight.
 MOST_RESCALED = 2.0**-7
 ROUNDED = "the target stores its scales or offsets in fewer bits, or multiplies them in another dtype"
+# A weight stored as floats that were made of codes (FP-Quant's pseudo form) and rounded to bfloat16: half a step of it is 2^-9 of
+# a number. Codes that explain the floats up to that are the ones they were made of.
+ROUNDED_ONCE = 2.0**-9
+FOUND_AGAIN = "the source stores floats rounded to 16 bits, made of codes that were found again"
 # what methods call the same numbers
 SAME_NUMBERS = {"float8_e4m3fn": "e4m3", "nvfp4": "e2m1", "mxfp4": "e2m1"}
 
@@ -167,7 +172,8 @@ def unit_job(
                 report.modules.append(ConvertedModule(unit.name, DENSE, error, source.reason))
                 found[dense_name(unit)] = (rounded.transpose(-1, -2).contiguous() if flipped else rounded).cpu()
                 continue
-            made = _converted(weight, dense, unit.name, unit.layout, report, allow_requantize, reason)
+            stored_as = source.parts[0].layout
+            made = _converted(weight, dense, unit.name, unit.layout, report, allow_requantize, reason, stored_as)
             found |= {join_name(unit.name, own): tensor.cpu() for own, tensor in unit.layout.encode(made).items()}
         ready.checkpoint.release()
         return found
@@ -183,31 +189,98 @@ def _converted(
     report: Conversion,
     allow_requantize: bool,
     reason: str,
+    stored_as: Layout | None = None,
 ) -> Weight:
     """One unit in the layout, its fate noted in the report. `weight` None: only its numbers are there, for a `reason`."""
 
     inputs = ""
     if weight is not None:
         try:
-            inputs, _ = _inputs(weight, layout.scheme())
+            weight, note = with_inputs(weight, stored_as, layout)
             found, fate = kept(weight, dense, name, layout, allow_requantize)
-            report.modules.append(fate)
+            report.modules.append(replace(fate, inputs=fate.inputs or note))
             return found
         except NotRepresentable as refusal:
             reason = str(refusal)
+    floats = weight is not None and without_codes(weight.tree)
+    made = _rounded(weight, dense, layout) if allow_requantize or floats else None
+    error = 0.0 if made is None else _error(_read_back(layout, made), dense.float())
+    if weight is not None:
+        inputs, alike = _inputs(weight, layout.scheme(), refuse=False)
+        if made is not None and (alike or allow_requantize) and (error == 0 or (floats and error < ROUNDED_ONCE)):
+            kind, why = (RESCALED, FOUND_AGAIN) if error else (EXACT, "")
+            report.modules.append(ConvertedModule(name, kind, error, why, inputs))
+            return made
     if not allow_requantize:
         raise NotRepresentable(
             f"{name} cannot be written as {report.target} with its codes kept: {reason}. Allow requantization "
             "(allow_requantize=True, --allow-requantize), or convert to a method whose groups and range fit"
         )
-    if layout.algorithm is None or layout.static_inputs():
-        raise CalibrationNeeded(
-            f"{name} cannot be requantized to {type(layout).__name__} from its weights alone; the method needs calibration"
+    if made is None:
+        what = (
+            f"{type(layout).__name__} stores scales of its inputs, which only data tell"
+            if layout.algorithm is not None
+            else f"{type(layout).__name__} has its codes fitted to data"
         )
-    made = algorithms.get(layout.algorithm)(dense, layout.scheme(), **layout.algorithm_options())
-    error = _error(_read_back(layout, made), dense.float())
+        raise CalibrationNeeded(
+            f"{name} cannot be requantized from its weights alone: {what}, and its own cannot be kept: {reason}. Dequantize the "
+            "source, then quantize it with calibration data"
+        )
     report.modules.append(ConvertedModule(name, REQUANTIZED, error, reason, inputs))
     return made
+
+
+def _rounded(weight: Weight | None, dense: Tensor, layout: Layout) -> Weight | None:
+    """Codes chosen by the layout's own rule. None where data would have to tell something."""
+    wanted, given = layout.scheme().activation, None if weight is None else weight.activation
+    static = layout.static_inputs()
+    same = given is not None and wanted is not None and given.rule == wanted.rule
+    if layout.algorithm is None or (static and not same):
+        return None
+    scheme = replace(layout.scheme(), activation=None) if static else layout.scheme()
+    made = algorithms.get(layout.algorithm)(dense, scheme, **layout.algorithm_options())
+    return replace(made, activation=given) if same else made
+
+
+def with_inputs(weight: Weight, stored_as: Layout | None, layout: Layout) -> tuple[Weight, str]:
+    """The weight with the static scale of its inputs as the target stores it, where both have one for codes of the same kind;
+    and what was done to it.
+
+    What the largest code stands for is asked of both layouts, in which scales are proportional to it or inversely so.
+    """
+    mine, theirs = weight.activation, layout.scheme().activation
+    if stored_as is None or mine is None or theirs is None or mine.rule == theirs.rule:
+        return weight, ""
+    if len(mine.tensors) != 1 or len(theirs.tensors) != 1 or _kind(mine, True) != _kind(theirs, True):
+        return weight, ""
+    (own,), (wanted,) = mine.tensors, theirs.tensors
+    if mine.names == theirs.names and own.shape == wanted.shape:  # two rules of one format
+        return replace(weight, activation=replace(theirs, tensors=mine.tensors)), ""
+    source, target = _probed(stored_as), _probed(layout)
+    if source is None or target is None or own.numel() != 1 or wanted.numel() != 1:
+        return weight, ""
+    number = own.double().cpu().reshape(())
+    largest = number / source[0] if source[1] else source[0] / number
+    exact = largest * target[0] if target[1] else target[0] / largest
+    found = exact.to(wanted.dtype)
+    off = float((found.double() - exact).abs() / exact)
+    note = f"the static scale of its inputs is kept, {off:.0e} off where it is stored as {str(wanted.dtype)[6:]}"
+    made = replace(theirs, tensors=(found.reshape(wanted.shape).to(own.device),))
+    return replace(weight, activation=made), note if off > 2.0**-22 else ""
+
+
+def _probed(layout: Layout) -> tuple[Tensor, bool] | None:
+    """The static scale that a layout stores for inputs up to 1, float64, and whether it grows with them; None without a rule."""
+    found = []
+    for largest in (1.0, 2.0):
+        numbers = torch.tensor([largest], dtype=torch.float64)
+        try:
+            (scale,) = layout.measured_inputs(-numbers, numbers).tensors
+        except (NotImplementedError, NotRepresentable):
+            return None
+        found.append(scale.double().reshape(-1))
+    one, two = found
+    return (one.reshape(()), bool(two > one)) if one.numel() == 1 and bool(one > 0) else None
 
 
 def kept(
@@ -217,8 +290,9 @@ def kept(
 
     Raises NotRepresentable where the layout has no such weight, or quantizes inputs otherwise and `other_inputs` is False.
     """
-    inputs, alike = _inputs(weight, layout.scheme())
-    found = rewrite(weight, layout.scheme())
+    target = layout.target()
+    inputs, alike = _inputs(weight, target)
+    found = rewrite(weight, target)
     if not alike and not other_inputs:
         raise NotRepresentable(inputs)
     values = _read_back(layout, found)
@@ -237,7 +311,7 @@ def _read_back(layout: Layout, weight: Weight) -> Tensor:
     return layout.decode(layout.encode(weight)).to_dense(torch.float32)
 
 
-def _inputs(weight: Weight, scheme: Weight) -> tuple[str, bool]:
+def _inputs(weight: Weight, scheme: Weight, refuse: bool = True) -> tuple[str, bool]:
     """How the target quantizes inputs if that is not as the source does ("" if it is), and whether it is of the same kind.
 
     Of one kind are rules with the same numbers in the same groups, chosen while the model runs: they differ in rounding only.
@@ -246,7 +320,7 @@ def _inputs(weight: Weight, scheme: Weight) -> tuple[str, bool]:
     rules = [own.rule if own else "no rule" for own in (mine, theirs)]
     if rules[0] == rules[1]:
         return "", True
-    if theirs is not None and any(tensor.is_meta for tensor in theirs.tensors):
+    if refuse and theirs is not None and any(tensor.is_meta for tensor in theirs.tensors):
         raise NotRepresentable(
             f"the target stores scales of its inputs ({rules[1]!r}), which the source ({rules[0]!r}) does not have"
         )
@@ -254,13 +328,13 @@ def _inputs(weight: Weight, scheme: Weight) -> tuple[str, bool]:
     return f"the source quantizes its inputs by {rules[0]!r}, the target by {rules[1]!r}", alike
 
 
-def _kind(activation: Activation | None) -> tuple[object, ...] | None:
-    """What is quantized to what, without the arithmetic; static scales are no kind but one of their own."""
+def _kind(activation: Activation | None, static: bool = False) -> tuple[object, ...] | None:
+    """What is quantized to what, without the arithmetic; static scales are no kind but one of their own, unless `static`."""
     if activation is None:
         return None
     one = activation
     dtype = SAME_NUMBERS.get(one.dtype, one.dtype)
-    own = one.rule if one.tensors else None
+    own = one.rule if one.tensors and not static else None
     return dtype, one.granularity, one.group_size, one.symmetric, one.threshold, own
 
 

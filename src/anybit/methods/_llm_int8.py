@@ -47,6 +47,9 @@ class LlmInt8Layout(Layout):
     def scheme(self) -> Weight:
         return self._weight(meta("int8", *self.shape), meta("float32", self.shape[0]), meta("float32", 1, 1))
 
+    def target(self) -> Weight:
+        return self._weight(meta("int8", *self.shape), meta("float32", self.shape[0]), torch.full((1, 1), ONE_127TH))
+
     def decode(self, tensors: Mapping[str, Tensor]) -> Weight:
         codes = self.take(tensors, "weight", "int8", self.shape)
         scales = self.take(tensors, "SCB", "float32", self.shape[:1])

@@ -111,9 +111,42 @@ def _collect(node: Node, grids: list[nodes.Grid]) -> None:
             "that rotation"
         )
     if not isinstance(node, _MOVING):
-        raise NotRepresentable(f"a {type(node).__name__} has no codes that another format could keep")
+        raise NotRepresentable(f"{described(node)}; another format has no place for such codes")
     for child in node.parts if isinstance(node, (nodes.Rows, nodes.Columns)) else (node.child,):
         _collect(child, grids)
+
+
+def without_codes(node: Node) -> bool:
+    """Whether a weight is stored as floating-point numbers, rotated or moved at most."""
+    if isinstance(node, nodes.Values):
+        return node.levels is None
+    return isinstance(node, (*_MOVING, nodes.Rotate)) and hasattr(node, "child") and without_codes(node.child)
+
+
+def described(node: Node) -> str:
+    """What one code of a weight stands for, where it is not a number on a grid."""
+    match node:
+        case nodes.Codebook():
+            return "a code stands for several weights at once, looked up in a table of vectors"
+        case nodes.Sum():
+            return "a weight is the sum of codes and of single outliers stored beside them, or of several codes"
+        case nodes.Scaled():
+            return "rows and columns are multiplied by factors of their own, beside the scales of the codes"
+        case nodes.Permute():
+            return "columns are stored in an order that was chosen for the weight"
+        case nodes.Opaque():
+            return (
+                f"codes are read by the format's own rule ({node.kind})"
+                if hasattr(node, "kind")
+                else "codes have a rule of their own"
+            )
+        case nodes.Columns():
+            return "some columns are stored with codes of their own"
+        case nodes.Stack() | nodes.Rows():
+            return "its parts are stored in forms of their own"
+        case nodes.Values():
+            return "the weight is stored as floating-point numbers, which are no codes"
+    return f"the weight is stored as {type(node).__name__}"
 
 
 def device_of(tree: Node) -> torch.device:

@@ -96,6 +96,10 @@ class Layout:
         """The layout for making a weight whose largest scale is as if it held a number of this magnitude."""
         return self
 
+    def target(self) -> Weight:
+        """`scheme`, with the numbers that belong to the format and are not stored: what other formats' codes are moved to."""
+        return self.scheme()
+
     # --- static scales of inputs: what calibration data must tell ---
 
     # share of a new batch in a moving average of its extremes, as some observers take it; 0: the extremes of all data

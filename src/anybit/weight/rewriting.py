@@ -16,7 +16,7 @@ from anybit._lazy import torch
 from anybit.errors import NotRepresentable
 from anybit.weight import levels as tables
 from anybit.weight import nodes
-from anybit.weight.elements import Elements, device_of, take_apart
+from anybit.weight.elements import Elements, described, device_of, take_apart
 from anybit.weight.joining import stack
 from anybit.weight.nodes import Node
 from anybit.weight.weight import Weight
@@ -109,7 +109,7 @@ def _put_together(node: Node, elements: Elements) -> Node:
                 f"the target stores the weight rotated, in blocks of {node.size} {node.side}s; codes of a weight that is not "
                 "would mean nothing"
             )
-    raise NotRepresentable(f"the target is a {type(node).__name__}, whose codes cannot be given")
+    raise NotRepresentable(f"in the target {described(node)}; the source's codes do not say which those would be")
 
 
 def _padded(part: Tensor, high: int, wide: int) -> Tensor:
@@ -159,8 +159,11 @@ def _integers(node: nodes.Grid, elements: Elements) -> tuple[Tensor, Tensor | No
     codes = node.codes
     if not isinstance(codes, nodes.Codes):
         raise NotRepresentable(f"the target's codes are a {type(codes).__name__}")
-    if bool((level != torch.round(level)).any()):
-        raise NotRepresentable("the source's levels are no integers")
+    broken = level != torch.round(level)
+    if bool(broken.any()):
+        raise NotRepresentable(
+            f"the source's levels are no integers, as the target's are: one of them is {float(level[broken][0]):.4g}"
+        )
     if offset is not None and node.offset is None:  # an offset in steps is a zero
         zero = (zero if zero is not None else 0) - _steps(
             node, offset / scale if scale is not None else offset, elements
@@ -274,7 +277,10 @@ def _blocks(full: Tensor, shape: tuple[int, ...], block: tuple[int, int], name: 
         first = full.index_select(axis, torch.arange(0, full.shape[axis], size, device=full.device))
         again = first.repeat_interleave(size, dim=axis).narrow(axis, 0, full.shape[axis])
         if not torch.equal(again, full):
-            raise NotRepresentable(f"a block of the target holds several values of {name}; its groups are too large")
+            sides = "x".join("all" if own == 1 else str(side) for own, side in zip(shape, block, strict=True))
+            raise NotRepresentable(
+                f"a block of the target ({sides} weights) holds several values of the source's {name}; its groups are too large"
+            )
         full = first
     return full
 
