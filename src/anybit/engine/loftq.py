@@ -22,10 +22,10 @@ from anybit.algorithms._low_rank import factors
 from anybit.containers import Checkpoint
 from anybit.containers.atomic import atomic_folder
 from anybit.containers.writer import SafetensorsWriter
+from anybit.engine.adapter import CONFIG, PREFIX, WEIGHTS
 from anybit.engine.load import Prepared, Progress, prepare
 from anybit.engine.lora_start import RANK, adapts, check_rank
 from anybit.engine.materialize import dense_part, make_weight
-from anybit.engine.merge import CONFIG, PREFIX, WEIGHTS
 from anybit.engine.plan import Entry
 from anybit.errors import ConfigError
 
