@@ -125,6 +125,9 @@ def read_adapter(folder: Path) -> Adapter:
                 parts.setdefault(match[1], {})[match[2] + (match[3] or "")] = tensor
     if not parts and not adapter.weights and not adapter.plain:
         raise CheckpointError(f"{folder / WEIGHTS} holds no tensors")
+    for name in config.get("modules_to_save") or ():
+        if not any(_names(name, own) for own in (*adapter.weights, *adapter.plain)):
+            raise CheckpointError(f"{file}: modules_to_save names {name!r}, of which {WEIGHTS} has no tensor")
     for module, own in parts.items():
         if module in adapter.weights:
             raise CheckpointError(
@@ -153,10 +156,15 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
 def _is_saved(key: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor of the model is saved whole: of a module to save, or a trained bias."""
     module, _, own = key.rpartition(".")
-    named = [*(config.get("modules_to_save") or ())]
-    inside = any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", module) for name in named)
+    inside = any(_names(name, module) for name in config.get("modules_to_save") or ())
     own_base = key.endswith(".base_layer.weight")  # PEFT saves embeddings that it adapts, or that grew
     return inside or own_base or (own == "bias" and config.get("bias") in ("all", "lora_only"))
+
+
+def _names(name: str, path: str) -> bool:
+    """PEFT's rule: a module to save is every one whose path ends so; its tensors lie in it or in modules of it."""
+    pieces = path.split(".")
+    return any(".".join(pieces[:cut]).endswith(name) for cut in range(1, len(pieces) + 1))
 
 
 def _take_saved(adapter: Adapter, key: str, tensor: Tensor) -> None:
