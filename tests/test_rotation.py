@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import anybit
+from anybit import AutoModelForCausalLM as AutoLlama
 from anybit import CompressedTensorsConfig, GPTQConfig
 from anybit.algorithms._hadamard import Turn
 from anybit.cli.app import run
+from anybit.engine.recipe import quantize_by_recipe, read_recipe
 from anybit.errors import ConfigError, InvalidOption, NotRepresentable
 from anybit.weight.nodes import hadamard
 
@@ -206,3 +208,26 @@ def test_the_command_line_rotates(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "'r9' is no rotation" in capsys.readouterr().err
     assert run([*made, "r1+r2", "--json"]) == 0
     assert any("rotated: r2" in note for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+def test_rotated_while_it_is_loaded_and_by_a_recipe(tmp_path: Path) -> None:
+    """Three ways to one model: file to file, at load, by a recipe; each says what was rotated."""
+    base = small(tmp_path / "base", "llama", hidden_size=64, head_dim=16)
+    config = GPTQConfig(bits=8, group_size=16)
+    anybit.quantize(base, tmp_path / "files", config, rotate="r1+r2")
+    loaded: Any = AutoLlama.from_pretrained(base, quantization_config=config, rotate="r1+r2")
+    assert any(note.startswith("rotated: r1") for note in loaded.anybit_plan.notes)
+    recipe = tmp_path / "recipe.json"
+    wanted = {"method": "gptq", "options": {"bits": 8, "group_size": 16}}
+    recipe.write_text(json.dumps({"quantization": wanted, "rotate": "r1+r2"}))
+    quantize_by_recipe(base, tmp_path / "recipe", read_recipe(recipe))
+    loaded.save_pretrained(tmp_path / "saved")
+    first = load_file(tmp_path / "files" / "model.safetensors")
+    for other in ("recipe", "saved"):
+        again = load_file(tmp_path / other / "model.safetensors")
+        packed = [name for name in first if name.endswith("qweight")]
+        assert packed
+        assert all(torch.equal(first[name], again[name]) for name in packed), other
+    recipe.write_text(json.dumps({"quantization": wanted, "rotate": "r9"}))
+    with pytest.raises(ConfigError, match=r"rotate cannot be meant.*'r9' is no rotation"):
+        read_recipe(recipe)

@@ -39,6 +39,7 @@ def load_calibrated(
     *,
     dtype: torch.dtype | str | None = "auto",
     device_map: Any = None,
+    rotate: str | bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     hub_options: Mapping[str, Any] | None = None,
@@ -54,8 +55,8 @@ def load_calibrated(
     try:
         made = Path(folder.name) / "model"
         quantize(
-            path, made, quantization_config, calibration=calibration, dtype=dtype, device=devices.main_device(device_map),
-            allow_pickle=allow_pickle, progress=progress, hub_options=hub_options,
+            path, made, quantization_config, calibration=calibration, rotate=rotate, dtype=dtype,
+            device=devices.main_device(device_map), allow_pickle=allow_pickle, progress=progress, hub_options=hub_options,
         )  # fmt: skip
         model: Any = load(made, dtype=dtype, device_map=device_map, progress=progress, **options)
     except BaseException:

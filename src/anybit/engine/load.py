@@ -43,6 +43,7 @@ def load(
     max_memory: Mapping[Any, Any] | None = None,
     offload_folder: str | None = None,
     calibration: Any = None,
+    rotate: str | bool = False,
     dequantize: bool = False,
     strict: bool = True,
     allow_pickle: bool = False,
@@ -54,26 +55,37 @@ def load(
 
     `path`: a folder, a .safetensors file beside a config.json, or a hub id. `quantization_config` on a dense checkpoint
     quantizes while loading, with `calibration` data (as `quantize` takes them) or the configuration's own `dataset` if there are
-    some; on a quantized one only its loading attributes count. `device_map`: None, "auto" and the like,
+    some; on a quantized one only its loading attributes count. `rotate`: "r1+r2" (True) turns dense weights by Hadamard matrices
+    before they are quantized, see `rotation`. `device_map`: None, "auto" and the like,
     a device, or a dict of module path to device or "disk". `dequantize`: make every weight dense. `strict` False names
     unexpected tensors in the plan instead of raising, and lets the model class initialise missing ones. `allow_pickle`: read
     .bin files through a restricted reader.
     Raises ConfigError, CheckpointError, NoKernel.
     """
-    options = {"hub_options": hub_options, **model_options}
+    options: dict[str, Any] = {"hub_options": hub_options, **model_options}
     if quantization_config is not None:
         from anybit.engine.calibrated_load import load_calibrated, wants_data
 
         if wants_data(locate(path, allow_pickle=allow_pickle, **(hub_options or {})), quantization_config, calibration):
             return load_calibrated(
                 path, quantization_config, calibration, auto_class=auto_class, config=config, device_map=device_map, dtype=dtype,
-                max_memory=max_memory, offload_folder=offload_folder, dequantize=dequantize, strict=strict,
+                max_memory=max_memory, offload_folder=offload_folder, rotate=rotate, dequantize=dequantize, strict=strict,
                 allow_pickle=allow_pickle, progress=progress, **options,
             )  # fmt: skip
+    turned: list[str] = []
+    if rotate:
+        from anybit.engine.rotation import rotated, steps, untied
+
+        plain = prepare(path, auto_class=auto_class, config=config, dtype=dtype, allow_pickle=allow_pickle, **options)
+        seen = rotated(plain, steps(rotate))
+        own, turned = untied(plain.model.config, seen), seen.notes
+        config = config if own is None else own
+        options["through"] = seen.through
     prepared = prepare(
         path, quantization_config, auto_class=auto_class, config=config, dtype=dtype, strict=strict,
         device_map=device_map, allow_pickle=allow_pickle, **options,
     )  # fmt: skip
+    prepared.plan.notes += turned
     refuse_uncalibrated(prepared.plan)
     model, plan, checkpoint = prepared.model, prepared.plan, prepared.checkpoint
     placement = place(prepared, device_map, max_memory)

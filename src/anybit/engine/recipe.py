@@ -6,6 +6,7 @@
       "modules": {"model.layers.*.mlp.down_proj": {"scheme": "gptq-8bit-g64"}, "model.layers.0.*": "dense"},
       "algorithm": "gptq",
       "algorithm_options": {"mse": 2.4},
+      "rotate": "r1+r2",
       "calibration": {"text": "calibration.txt", "samples": 128, "sequence_length": 512, "seed": 0},
       "about": {"anything": "kept, never read"}
     }
@@ -31,6 +32,7 @@ from anybit.engine.forecast import Forecast
 from anybit.engine.load import prepare
 from anybit.engine.plan import Entry, Plan, module_info
 from anybit.engine.quantize import quantize
+from anybit.engine.rotation import steps
 from anybit.errors import ConfigError, InvalidOption, MissingDependency, did_you_mean, near_path
 from anybit.quantizers import registry
 from anybit.quantizers.config import QuantizationConfigMixin
@@ -40,7 +42,7 @@ VERSION = 1
 FILE_NAME = "anybit_recipe.json"  # beside a checkpoint that was made with a recipe
 DENSE = "dense"
 LARGEST_FILE = 16 << 20
-KEYS = ("recipe", "quantization", "modules", "algorithm", "algorithm_options", "calibration", "about")
+KEYS = ("recipe", "quantization", "modules", "algorithm", "algorithm_options", "rotate", "calibration", "about")
 EXAMPLE = '{"scheme": "nf4"}'
 
 
@@ -90,6 +92,7 @@ class Recipe:
     about: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path()
     algorithm_options: Mapping[str, Any] = field(default_factory=dict)
+    rotate: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a file holds it."""
@@ -102,6 +105,8 @@ class Recipe:
             found["algorithm"] = self.algorithm
         if self.algorithm_options:
             found["algorithm_options"] = dict(self.algorithm_options)
+        if self.rotate is not None:
+            found["rotate"] = self.rotate
         if self.calibration is not None:
             found["calibration"] = asdict(self.calibration)
         return {**found, "about": dict(self.about)} if self.about else found
@@ -191,6 +196,8 @@ def quantize_by_recipe(
         options["algorithm"] = recipe.algorithm
     if recipe.algorithm_options:
         options["algorithm_options"] = dict(recipe.algorithm_options)
+    if recipe.rotate is not None:
+        options["rotate"] = recipe.rotate
     asked, wanted = options.pop("announce", None), True
 
     def announce(ahead: Forecast) -> bool:
@@ -285,7 +292,16 @@ class _Reader:
             self.object(data.get("about") or {}, ("about",)),
             self.path.parent,
             self.object(data.get("algorithm_options") or {}, ("algorithm_options",)),
+            self.rotations(data),
         )
+
+    def rotations(self, data: Mapping[str, Any]) -> str | None:
+        found = self.typed(data, "rotate", str, ())
+        try:
+            steps(found or False)
+        except InvalidOption as error:
+            raise self.wrong(("rotate",), f"cannot be meant: {error}") from error
+        return found
 
     def setting(self, data: Any, keys: tuple[str, ...]) -> Setting:
         if isinstance(data, str):

@@ -16,7 +16,7 @@ from anybit.quantizers.auto import HUB_OPTIONS
 
 # arguments of transformers' from_pretrained that change nothing in how we load
 _HARMLESS = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "_from_auto", "_commit_hash", "adapter_kwargs")
-_OWN = ("device_map", "max_memory", "offload_folder", "progress", "strict", "allow_pickle", "calibration")
+_OWN = ("device_map", "max_memory", "offload_folder", "progress", "strict", "allow_pickle", "calibration", "rotate")
 _LEGACY = ("load_in_4bit", "load_in_8bit")
 
 
