@@ -279,7 +279,7 @@ def _blocks(full: Tensor, shape: tuple[int, ...], block: tuple[int, int], name: 
         if not torch.equal(again, full):
             sides = "x".join("all" if own == 1 else str(side) for own, side in zip(shape, block, strict=True))
             raise NotRepresentable(
-                f"a block of the target ({sides} weights) holds several values of the source's {name}; its groups are too large"
+                f"a block of the target ({sides} weights) holds several values of {name}; its groups are too large"
             )
         full = first
     return full
