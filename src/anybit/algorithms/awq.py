@@ -76,6 +76,11 @@ def clipped(weight: Tensor, x: Tensor, group: int, rounded: Callable[[Tensor], T
     return torch.minimum(torch.maximum(groups, -best), best).flatten(1)
 
 
+def memory(weights: int, widths: int, samples: int, length: int) -> int:
+    """The dense block in float32, inputs of a matrix with outputs of what it belongs to, and errors of clipping."""
+    return 4 * (weights + min(samples * length, 8192) * widths // 3 + 2 * ELEMENTS)
+
+
 def cost(rows: int, columns: int, samples: int, length: int) -> Cost:
     """Every ratio and every bound rounds the matrix, and runs what it belongs to: about twice its own product."""
     tokens, bounds = samples * length, SHRINK * SHRINK_STEPS

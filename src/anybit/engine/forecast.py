@@ -2,7 +2,7 @@
 
 Each kind of rounding is timed on one weight that is to be rounded so. A calibrated algorithm says what it computes for
 one matrix (`cost` in its file); products, element-wise passes and small operations are timed here. One without `cost` is timed
-on the smallest matrix it is to round.
+on rows of the smallest matrix it is to round.
 """
 
 from __future__ import annotations
@@ -173,14 +173,24 @@ def _seconds_calibrated(
 def _seconds_rounding(
     ready: Prepared, wanted: Iterable[Entry], run: Callable[..., Any], options: Mapping[str, Any]
 ) -> float:
-    """Of an algorithm that does not say what it computes: the first rows of the smallest matrix are rounded."""
+    """Of an algorithm that does not say what it computes: some and more rows of the smallest matrix are rounded."""
     units = list(_units(wanted))
     if not units:
         return 0.0
     entry, part, layout = min(units, key=lambda unit: torch.Size(unit[2].shape[-2:]).numel())
-    rows, columns = min(layout.shape[-2], ROWS), layout.shape[-1]
-    dense = dense_part(ready.model, entry, part, ready.checkpoint).reshape(-1, columns)[:rows].float()
-    layout = replace(layout, shape=(rows, columns))
-    known = algorithms.accepted(run, {**layout.algorithm_options(), "hessian": torch.eye(columns)})
-    seconds = _seconds(lambda: run(dense, target_of(layout), **{**known, **options}))
-    return seconds / (rows * columns) * sum(torch.Size(unit[2].shape).numel() for unit in units)
+    columns = layout.shape[-1]
+    dense = dense_part(ready.model, entry, part, ready.checkpoint).reshape(-1, columns).float()
+
+    def measured(rows: int) -> float:
+        own = replace(layout, shape=(rows, columns))
+        known = algorithms.accepted(run, {**own.algorithm_options(), "hessian": torch.eye(columns)})
+        return _seconds(lambda: run(dense[:rows], target_of(own), **{**known, **options}))
+
+    # columns take time however few rows they have
+    many = min(layout.shape[-2], ROWS)
+    few = many // 2
+    seconds_few, seconds_many = measured(few), measured(many)
+    each = max(seconds_many - seconds_few, 0.0) / (many - few)
+    fixed = max(seconds_many - each * many, 0.0)
+    shapes = [unit[2].shape for unit in units]
+    return sum(torch.Size(shape[:-2]).numel() * (fixed + each * shape[-2]) * shape[-1] / columns for shape in shapes)
