@@ -109,6 +109,82 @@ WEIGHTS = {
 }  # fmt: skip
 
 
+def nested(rows: int, columns: int, group: int) -> nodes.Grid:
+    """Scales that are 6-bit codes below a scale of their own, as in k-quants."""
+    return nodes.Grid(
+        nodes.Codes.of(integers(64, rows, columns // group, seed=6), 6), nodes.Values(numbers(rows, columns // group // 8).half()),
+        block=(1, 8),
+    )  # fmt: skip
+
+
+def doubly_quantized(rows: int, columns: int) -> nodes.View:
+    """NF4 with 8-bit scales below a table and an offset, as bitsandbytes writes them."""
+    count = rows * columns // 64
+    levels = numbers(256, seed=7).sort().values
+    scales = nodes.Grid(
+        nodes.Codes.of(integers(256, 1, count, seed=8), 8), nodes.Values(numbers(1, -(-count // 256)).abs() + 0.1), None,
+        nodes.Values(torch.full((1, 1), 0.5)), levels=levels, block=(1, 256),
+    )  # fmt: skip
+    codes = nodes.Codes.of(integers(16, count, 64), 4)
+    return nodes.View(nodes.Grid(codes, nodes.View(scales, count, 1), levels="nf4", block=(1, 64)), rows, columns)
+
+
+# codes that lie in planes: whole blocks of columns, or a last block that is filled up
+PLANES = {
+    **{f"{bits} bits in planes": lambda bits=bits: grid(bits, 20, 512, 128, zero="codes") for bits in range(1, 9)},
+    **{f"{bits} signed bits": lambda bits=bits: grid(bits, 17, 512, 32, signed=True, dtype=torch.float16) for bits in (2, 3, 8)},
+    "int4, groups of 16, offsets": lambda: grid(4, 33, 256, 16, offset="numbers"),
+    "int4, group across blocks": lambda: grid(4, 16, 512, 256, zero="numbers"),
+    "int4, short": lambda: grid(4, 16, 480, 32, zero="codes"),
+    "int4, one scale a row": lambda: grid(4, 16, 256, 256, zero="codes"),
+    "int4, act-order": lambda: replace(
+        grid(4, 24, 256, 32, zero="codes"), group_index=torch.arange(256).remainder(8).to(torch.int32)
+    ),
+    "int4, cropped": lambda: nodes.Crop(grid(4, 24, 256, 32), 13, 250),
+    "NF4 in planes": lambda: grid(4, 33, 256, 64, levels="nf4"),
+    "3-bit table": lambda: grid(3, 16, 512, 64, levels=numbers(8)),
+    "NF4, nested scales": lambda: doubly_quantized(32, 512),
+    "Q4_K": lambda: nodes.Grid(
+        nodes.Codes.of(integers(16, 16, 256), 4), nested(16, 256, 32), None, nested(16, 256, 32), block=(1, 32)
+    ),
+    "Q6_K": lambda: nodes.Grid(
+        nodes.Codes.of(integers(64, 16, 256), 6, True),
+        nodes.Grid(nodes.Codes.of(integers(256, 16, 16), 8, True), nodes.Values(numbers(16, 1).half() / 64), block=(1, 16)),
+        block=(1, 16),
+    ),
+    "MXFP4 in planes": lambda: nodes.Grid(
+        nodes.Codes.of(integers(16, 16, 256), 4),
+        nodes.Values(integers(8, 16, 8).add(121).to(torch.uint8), levels="e8m0"),
+        levels="e2m1",
+        block=(1, 32),
+    ),
+    "E4M3, blocks": lambda: nodes.Grid(
+        nodes.Codes((numbers(16, 256) * 50).to(torch.float8_e4m3fn).view(torch.uint8), 8, 256),
+        nodes.Values(numbers(2, 4).abs() + 0.1), levels="e4m3", block=(8, 64),
+    ),
+    "E5M2, rows": lambda: nodes.Grid(
+        nodes.Codes((numbers(16, 128) * 50).to(torch.float8_e5m2).view(torch.uint8), 8, 128),
+        nodes.Values(numbers(16, 1).abs() + 0.1, inverted=True), levels="e5m2", block=(1, 128),
+    ),
+}  # fmt: skip
+WEIGHTS |= PLANES
+
+
+def outliers(rows: int, columns: int) -> nodes.Sparse:
+    """One number in twenty."""
+    full = torch.where(numbers(rows, columns, seed=9) > 1.6, numbers(rows, columns, seed=10), 0.0)
+    full[1] = 0
+    row, column = full.nonzero(as_tuple=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=rows).cumsum(0)]).to(torch.int32)
+    return nodes.Sparse(offsets, column.to(torch.int32), nodes.Values(full[row, column][None].half()), columns)
+
+
+WEIGHTS["outliers"] = lambda: nodes.Sum((grid(4, 16, 256, 32), outliers(16, 256)))
+WEIGHTS["SpQR"] = lambda: nodes.Permute(
+    nodes.Sum((grid(3, 16, 512, 16, zero="numbers", compute="float16"), outliers(16, 512)), "float16"),
+    torch.randperm(512, generator=torch.Generator().manual_seed(0)).int(),
+)
+
 # --- laws ------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,18 +195,20 @@ def assert_close(ours: Tensor, wanted: Tensor, what: str) -> None:
     assert error <= limit, f"{what}: differs by {error:.3g}, allowed {limit:.3g}"
 
 
-def check(weight: Weight, counts: tuple[int, ...] = (1, 20), dtypes: Any = tuple(TOLERANCE)) -> None:
+RUNS = ((1, torch.bfloat16), (20, torch.float16), (1, torch.float32), (20, torch.bfloat16))
+
+
+def check(weight: Weight, runs: Any = RUNS) -> None:
     """Products, and the weight itself, are what they were."""
     kernel = get("triton")
     assert kernel.refuses(weight, DEVICE) is None
     spec, tensors = kernel.prepare(weight.to(DEVICE))
     assert same(kernel.restore(spec, tensors).to("cpu"), weight)
-    for count in counts:
-        for dtype in dtypes:
-            x, bias = numbers(count, weight.shape[-1], seed=count).to(dtype), numbers(weight.shape[-2]).to(dtype)
-            own = None if dtype == torch.float16 else bias
-            ours = kernel.linear(x.to(DEVICE), spec, tensors, None if own is None else own.to(DEVICE))
-            assert_close(ours, multiply(weight, x, own), f"{count} rows, {dtype}, bias {own is not None}")
+    for count, dtype in runs:
+        x, bias = numbers(count, weight.shape[-1], seed=count).to(dtype), numbers(weight.shape[-2]).to(dtype)
+        own = None if dtype == torch.float16 else bias
+        ours = kernel.linear(x.to(DEVICE), spec, tensors, None if own is None else own.to(DEVICE))
+        assert_close(ours, multiply(weight, x, own), f"{count} rows, {dtype}, bias {own is not None}")
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -139,15 +217,15 @@ def test_products(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int4, zeros", "act-order", "cropped", "columns", "rotated inputs", "AQLM 2x8", "rows"]
+    "name", ["act-order", "cropped", "columns", "rotated inputs", "AQLM 2x8", "int4, act-order", "int4, short", "outliers"]
 )
 def test_many_rows_and_gradients_go_by_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from anybit.kernels.triton import programs
 
-    monkeypatch.setattr(programs, "MANY", 8)
+    monkeypatch.setattr(programs, "many", lambda *_: 8)
     monkeypatch.setattr(programs, "PIECE", 16 * 64)
     weight = Weight(WEIGHTS[name]())
-    check(weight, counts=(20,))
+    check(weight, ((20, torch.float32), (20, torch.bfloat16)))
     kernel, reference = get("triton"), get("reference")
     spec, tensors = kernel.prepare(weight.to(DEVICE))
     for dtype in (torch.float32, torch.bfloat16):
@@ -159,25 +237,35 @@ def test_many_rows_and_gradients_go_by_pieces(name: str, monkeypatch: pytest.Mon
         )
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("columns", [96, 128])
 @pytest.mark.parametrize("ends", [[0, 3, 3, 40, 41], [0, 0, 0, 0, 7], [41, 41, 41, 41, 41], [1, 2, 3, 4, 5]])
-def test_experts_in_one_launch(bits: int, ends: list[int]) -> None:
-    weight = Weight(grid(bits, 24, 64, 32, lead=(5,), zero="codes"))
+def test_experts_in_one_launch(columns: int, ends: list[int]) -> None:
+    weight = Weight(grid(4, 24, columns, 32, lead=(5,), zero="codes"))
     kernel, reference = get("triton"), get("reference")
     spec, tensors = kernel.prepare(weight.to(DEVICE))
     stops = torch.tensor(ends)
-    for dtype in TOLERANCE:
-        x = numbers(ends[-1], 64).to(dtype)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = numbers(ends[-1], columns).to(dtype)
         ours = kernel.experts(x.to(DEVICE), stops.to(DEVICE), spec, tensors)
         assert_close(ours, reference.experts(x, stops, *reference.prepare(weight)), f"experts, {dtype}")
 
 
-def test_columns_are_split_and_added_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [264, 384, 640])
+def test_columns_are_split_and_added_in_order(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from anybit.kernels.triton import programs
     from anybit.kernels.triton.tuning import Tile
 
     monkeypatch.setattr(programs, "tile_for", lambda count, *_: Tile(1 if count == 1 else 16, 16, 16, 3, 4, 2))
-    check(Weight(grid(4, 40, 264, 8, zero="codes")), counts=(1, 5), dtypes=(torch.float32, torch.bfloat16))
+    check(Weight(grid(4, 40, columns, 8 if columns == 264 else 32, zero="codes")), ((1, torch.float32), (5, torch.bfloat16)))
+
+
+def test_rows_of_planes_are_looked_up() -> None:
+    """An embedding: rows by their numbers, some twice, without the rest of the weight."""
+    kernel = get("triton")
+    for name in ("int4, short", "int4, act-order", "Q6_K"):
+        weight, index = Weight(WEIGHTS[name]()), torch.tensor([3, 0, 15, 3])
+        found = kernel.take_rows(index.to(DEVICE), *kernel.prepare(weight.to(DEVICE)))
+        assert_close(found, weight.tree.take_rows(index), name)
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in GOLDEN.glob("*/*") if (path / "reference.safetensors").exists()),
@@ -190,7 +278,7 @@ def test_vendors_weights(folder: Path) -> None:
         weight = weight.select(0) if len(weight.shape) == 3 else weight
         weight = Weight(weight.tree, weight.dtype, weight.activation)
         if kernel.refuses(weight, DEVICE) is None and (weight.activation is None or weight.activation.rule in RULES):
-            return check(weight, counts=(2,), dtypes=(torch.float32,))
+            return check(weight, ((2, torch.float32),))
     pytest.skip(
         "; ".join(str(kernel.refuses(unit.layout.decode(unit.tensors), DEVICE)) for unit in samples(Golden(folder)))[
             :200

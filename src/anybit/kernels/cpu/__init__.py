@@ -24,6 +24,7 @@ from torch import Tensor
 from anybit.errors import InvalidOption
 from anybit.kernels._codebooks import is_codebook
 from anybit.kernels._grids import E4M3, E5M2, TABLE, Refused, Workspace, grid_program, rounds_inputs
+from anybit.kernels._outliers import rounded_program, sparse_program
 from anybit.kernels._programs import Program, ProgramKernel, any_leaf, form_of, readable
 from anybit.kernels.cpu import native, outliers
 from anybit.kernels.cpu.books import FLOATS_AND_POINTS, VECTORS, codebook_program
@@ -92,15 +93,15 @@ class CpuGrid(ProgramKernel):
     def leaf_program(self, tree: Node, space: Workspace) -> dict[str, Any]:
         match tree:
             case nodes.Sparse():
-                return outliers.sparse_program(tree, space)
-            case nodes.Sum(parts=(nodes.Grid() as grid, nodes.Sparse() as sparse), compute="float16" | "bfloat16"):
+                return sparse_program(tree, space)
+            case nodes.Sum(parts=(nodes.Grid() as grid, nodes.Sparse() as sparse)) if tree.compute == grid.compute:
                 program = grid_program(grid, space)
-                return {
-                    "sum": [
-                        program,
-                        outliers.rounded_program(sparse, Leaf(asdict(program["grid"])), tree.compute, space),
-                    ]
-                }
+                decoded = Leaf(asdict(program["grid"]))
+
+                def pieces() -> Iterator[tuple[int, Tensor]]:
+                    return decoded.tiles(decoded.pointers(space.tensors, 0), torch.float32)
+
+                return {"sum": [program, rounded_program(sparse, pieces, tree.compute, space)]}
         return codebook_program(tree, space) if is_codebook(tree) else grid_program(tree, space)
 
     def leaf(self, kind: str, content: Any) -> Program:

@@ -1,79 +1,14 @@
-"""Outliers beside a grid (SpQR): a CSR matrix whose product is added.
-
-Where the format rounds the sum of both, what is added is what rounding leaves of the outlier there: the number that the sum
-becomes less the grid's own. So the products of the parts add up to the product of the rounded sum.
-"""
+"""Outliers beside a grid (SpQR; ../_outliers.py) on the CPU: a call of the library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybit.kernels._grids import Refused, Slot, Workspace
 from anybit.kernels._programs import Program
 from anybit.kernels.cpu import native
-from anybit.weight import nodes
-
-if TYPE_CHECKING:
-    from anybit.kernels.cpu.native import Tensors
-
-
-class Decoding(Protocol):
-    """The grid's part of a leaf, as far as it is needed here."""
-
-    def pointers(self, tensors: list[Tensor], expert: int) -> Tensors: ...
-
-    def tiles(self, pointers: Tensors, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]: ...
-
-
-def sparse_program(tree: nodes.Sparse, space: Workspace) -> dict[str, Any]:
-    """The program of a CSR matrix: its numbers in float32."""
-    values = tree.values.dense() if not space.meta else torch.empty(tree.values.shape, device="meta")
-    return _program(tree, values.reshape(-1), space)
-
-
-def rounded_program(tree: nodes.Sparse, grid: Decoding, compute: str, space: Workspace) -> dict[str, Any]:
-    """The program of what a CSR matrix adds to a grid where their sum is rounded to `compute`."""
-    if space.meta:
-        return sparse_program(tree, space)
-    values, dtype = tree.values.dense().reshape(-1), getattr(torch, compute)
-    left = torch.zeros_like(values)
-    offsets = tree.row_offsets.long()
-    for first, tile in grid.tiles(grid.pointers(space.tensors, 0), torch.float32):
-        own = offsets[first : first + len(tile) + 1]
-        start, stop = int(own[0]), int(own[-1])
-        rows = torch.repeat_interleave(torch.arange(len(tile)), own.diff())
-        place, inverse = torch.unique(rows * tree.width + tree.columns[start:stop].long(), return_inverse=True)
-        outlier = torch.zeros(len(place)).index_add_(0, inverse, values[start:stop])
-        plain = tile.reshape(-1)[place]
-        found = (plain + outlier).to(dtype).to(torch.float32) - plain
-        # outliers at the same place are one number: the last of them carries it
-        last = torch.zeros(len(place), dtype=torch.int64).index_put_((inverse,), torch.arange(stop - start))
-        left[start:stop][last] = found
-    return _program(tree, left, space)
-
-
-def _program(tree: nodes.Sparse, values: Tensor, space: Workspace) -> dict[str, Any]:
-    if tree.row_offsets.dim() != 1:
-        raise Refused("a stack of sparse experts; a matrix of that kind is accepted")
-    rows = tree.row_offsets.shape[-1] - 1
-    if not space.meta:
-        steps, stored = tree.row_offsets.diff(), tree.columns.numel()
-        ends = (int(tree.row_offsets[0]), int(tree.row_offsets[-1]))
-        if ends != (0, stored) or bool((steps < 0).any()) or len(values) != stored:
-            raise ValueError(f"row offsets from {ends[0]} to {ends[1]} for {stored} outliers of {len(values)} values")
-        if stored and not 0 <= int(tree.columns.min()) <= int(tree.columns.max()) < tree.width:
-            raise ValueError(f"outliers outside {tree.width} columns")
-    places = [_whole_numbers(tensor, space) for tensor in (tree.row_offsets, tree.columns)]
-    return {"sparse": {"rows": rows, "columns": tree.width, "offsets": places[0], "places": places[1],
-                       "values": space.add(values.to(torch.float32))}}  # fmt: skip
-
-
-def _whole_numbers(tensor: Tensor, space: Workspace) -> Slot:
-    return space.own_slot(tensor, False) if tensor.dtype == torch.int32 else space.add(tensor.to(torch.int32))
 
 
 class SparseLeaf(Program):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from anybit.kernels._grids import Refused, Workspace, has_group_index
-from anybit.kernels._programs import ProgramKernel, form_of
-from anybit.kernels.triton import programs
+from anybit.kernels._programs import Program, ProgramKernel, form_of
+from anybit.kernels.triton import planes_form, programs
 from anybit.weight import Weight
 from anybit.weight.nodes import Node
 
@@ -34,6 +34,7 @@ class TritonGrid(ProgramKernel):
 
     name = "triton"
     rank = 60
+    nested = True
     description = (
         "GPU code for grids of 1- to 8-bit codes: integers, tables, FP8, stacks of experts, any activation rule"
     )
@@ -56,7 +57,7 @@ class TritonGrid(ProgramKernel):
     def leaf_program(self, tree: Node, space: Workspace) -> dict[str, Any]:
         return programs.leaf_program(tree, space)
 
-    def leaf(self, kind: str, content: Any) -> programs.Leaf:
+    def leaf(self, kind: str, content: Any) -> Program:
         return programs.leaf(kind, content)
 
     def prepare(self, weight: Weight) -> tuple[str, list[Tensor]]:
@@ -65,6 +66,18 @@ class TritonGrid(ProgramKernel):
             weight = weight.to("cpu")
         spec, tensors = super().prepare(weight)
         return spec, [tensor.to(home) for tensor in tensors]
+
+    def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
+        tensors = list(tensors)
+        for form in programs.planes_of(spec):
+            tensors[form["slot"]] = planes_form.restored_codes(form, tensors)
+        return super().restore(spec, tensors)
+
+    def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
+        program = form_of(self, spec).program
+        if isinstance(program, programs.PlanesLeaf):
+            return program.take_rows(index, tensors)
+        return super().take_rows(index, spec, tensors)
 
     def experts(self, x: Tensor, ends: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
         form = form_of(self, spec)

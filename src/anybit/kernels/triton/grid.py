@@ -23,20 +23,30 @@ import triton.language as tl
 # the enumerations of ../cpu/csrc/grid.h, as Triton's kernels may see them
 UNSIGNED, SIGNED, TABLE, E4M3, E5M2 = (tl.constexpr(number) for number in range(5))
 F32, BF16, F16 = (tl.constexpr(number) for number in range(3))
-E8M0 = tl.constexpr(6)
+E8M0, NESTED = tl.constexpr(6), tl.constexpr(7)
 # Triton's interpreter cuts bfloat16 off instead of rounding, and cannot multiply it
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+
+
+@triton.jit
+def _read(pointer, mask, other: tl.constexpr):
+    """A load; without a mask all of it."""
+    if mask is None:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=mask, other=other)
+    return value
 
 
 @triton.jit
 def _number(pointer, at, mask, other: tl.constexpr, KIND: tl.constexpr, NEGATED: tl.constexpr):
     """Parameters as float32; E8M0 bytes are 2**(byte - 127), 255 is NaN."""
     if KIND == E8M0:
-        byte = tl.load(pointer + at, mask=mask, other=127).to(tl.int32)
+        byte = _read(pointer + at, mask, 127).to(tl.int32)
         bits = tl.where(byte == 0, 0x00400000, byte << 23)
         value = tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
     else:
-        value = tl.load(pointer + at, mask=mask, other=other).to(tl.float32)
+        value = _read(pointer + at, mask, other).to(tl.float32)
     if NEGATED:
         value = -value
     return value
@@ -63,7 +73,7 @@ def _level(code, table, mask, BITS: tl.constexpr, LEVELS: tl.constexpr):
     if LEVELS == SIGNED:
         return ((code ^ (1 << (BITS - 1))) - (1 << (BITS - 1))).to(tl.float32)
     if LEVELS == TABLE:
-        return tl.load(table + code, mask=mask, other=0.0)
+        return _read(table + code, mask, 0.0)
     if LEVELS == E4M3:  # s eeee mmm -> s 0eeee mmm0000000, a number 2**8 too small
         half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
         return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
@@ -140,16 +150,45 @@ def _vector_level(
 
 
 @triton.jit
+def _nested_code(pointer, at, mask, BITS: tl.constexpr):
+    """Codes by their number in a stream that may end with the byte in which a code begins."""
+    if BITS == 8:
+        code = _read(pointer + at, mask, 0).to(tl.int32)
+    else:
+        byte = at * BITS >> 3
+        code = _read(pointer + byte, mask, 0).to(tl.int32)
+        if 8 % BITS != 0:
+            used = (at * BITS & 7) + BITS > 8
+            if mask is not None:
+                used = used & mask
+            code |= tl.load(pointer + byte + 1, mask=used, other=0).to(tl.int32) << 8
+        code = (code >> (at * BITS & 7)) & ((1 << BITS) - 1)
+    return code
+
+
+@triton.jit
 def _parameter(
-    pointer, row, group, mask, other: tl.constexpr,
+    pointer, inner, shift, table, row, group, mask, other: tl.constexpr,
     KIND: tl.constexpr, DOWN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, NEGATED: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr,
+    INNER_NEGATED: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One value per (row / DOWN, group), for the whole tile."""
+    """One value per (row / DOWN, group). Of codes: level * inner + shift, codes counted as one stream; GROUP 0: one `inner`."""
     at = (row // DOWN) * STRIDE
     if WIDTH > 1:
         at = at + group
-    return _rounded(_number(pointer, at, mask, other, KIND, NEGATED), COMPUTE)
+    if KIND == NESTED:
+        code = _nested_code(pointer, at, mask, BITS)
+        value = _level(code, table, mask, BITS, LEVELS)
+        if GROUP == 0:
+            value *= _number(inner, 0, None, 1.0, INNER, INNER_NEGATED)
+        else:
+            value *= _number(inner, at // (GROUP if GROUP > 0 else 1), mask, 1.0, INNER, INNER_NEGATED)
+        if SHIFT != 0:
+            value += _number(shift, 0, None, 0.0, SHIFT, False)
+    else:
+        value = _number(pointer, at, mask, other, KIND, NEGATED)
+    return _rounded(value, COMPUTE)
 
 
 @triton.jit
@@ -170,17 +209,26 @@ def _weigh(level, s, z, o, SCALED: tl.constexpr, INVERTED: tl.constexpr, SHIFTED
 
 @triton.jit
 def _product_kernel(
-    x, y, bias, codes, table, scale, zero, offset, signs, sign_table, permutation, tile_expert, tile_first, tile_stop,
+    x, y, bias, codes, table, scale, scale_inner, scale_shift, scale_table, zero, zero_inner, zero_shift, zero_table,
+    offset, offset_inner, offset_shift, offset_table, signs, sign_table, permutation, tile_expert, tile_first, tile_stop,
     count, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, ROW_BYTES: tl.constexpr,
     BITS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr, HIGH: tl.constexpr, BOOKS: tl.constexpr, ENTRIES: tl.constexpr, SIGN_BITS: tl.constexpr,
     SIGN_BYTES: tl.constexpr,
     S_KIND: tl.constexpr, S_DOWN: tl.constexpr, S_STRIDE: tl.constexpr, S_WIDTH: tl.constexpr, S_INVERTED: tl.constexpr,
-    S_NEGATED: tl.constexpr,
+    S_NEGATED: tl.constexpr, S_BITS: tl.constexpr, S_LEVELS: tl.constexpr, S_GROUP: tl.constexpr, S_INNER: tl.constexpr,
+    S_INNER_NEGATED: tl.constexpr, S_SHIFT: tl.constexpr,
     Z_KIND: tl.constexpr, Z_DOWN: tl.constexpr, Z_STRIDE: tl.constexpr, Z_WIDTH: tl.constexpr, Z_NEGATED: tl.constexpr,
+    Z_BITS: tl.constexpr, Z_LEVELS: tl.constexpr, Z_GROUP: tl.constexpr, Z_INNER: tl.constexpr,
+    Z_INNER_NEGATED: tl.constexpr, Z_SHIFT: tl.constexpr,
     O_KIND: tl.constexpr, O_DOWN: tl.constexpr, O_STRIDE: tl.constexpr, O_WIDTH: tl.constexpr, O_NEGATED: tl.constexpr,
+    O_BITS: tl.constexpr, O_LEVELS: tl.constexpr, O_GROUP: tl.constexpr, O_INNER: tl.constexpr,
+    O_INNER_NEGATED: tl.constexpr, O_SHIFT: tl.constexpr,
     CODES_EXPERT: tl.constexpr, TABLE_EXPERT: tl.constexpr, S_EXPERT: tl.constexpr, Z_EXPERT: tl.constexpr,
     O_EXPERT: tl.constexpr, SIGNS_EXPERT: tl.constexpr,
+    S_INNER_EXPERT: tl.constexpr, S_SHIFT_EXPERT: tl.constexpr, S_TABLE_EXPERT: tl.constexpr,
+    Z_INNER_EXPERT: tl.constexpr, Z_SHIFT_EXPERT: tl.constexpr, Z_TABLE_EXPERT: tl.constexpr,
+    O_INNER_EXPERT: tl.constexpr, O_SHIFT_EXPERT: tl.constexpr, O_TABLE_EXPERT: tl.constexpr,
     X_ROW, X_COLUMN, Y_PART, Y_ROW,
     PERMUTED: tl.constexpr, GROUPED: tl.constexpr, BIASED: tl.constexpr,
     ONE_GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
@@ -209,6 +257,18 @@ def _product_kernel(
         scale += wide * S_EXPERT
         zero += wide * Z_EXPERT
         offset += wide * O_EXPERT
+        if S_KIND == NESTED:
+            scale_inner += wide * S_INNER_EXPERT
+            scale_shift += wide * S_SHIFT_EXPERT
+            scale_table += wide * S_TABLE_EXPERT
+        if Z_KIND == NESTED:
+            zero_inner += wide * Z_INNER_EXPERT
+            zero_shift += wide * Z_SHIFT_EXPERT
+            zero_table += wide * Z_TABLE_EXPERT
+        if O_KIND == NESTED:
+            offset_inner += wide * O_INNER_EXPERT
+            offset_shift += wide * O_SHIFT_EXPERT
+            offset_table += wide * O_TABLE_EXPERT
         signs += wide * SIGNS_EXPERT
     m = first + tl.arange(0, M)
     n_mask = n < ROWS
@@ -235,13 +295,20 @@ def _product_kernel(
             own_mask = mask
         s, z, o = 1.0, 0.0, 0.0
         if S_KIND != 0:
-            s = _parameter(scale, own_rows, group, own_mask, 1.0, S_KIND, S_DOWN, S_STRIDE, S_WIDTH, S_NEGATED, COMPUTE)
+            s = _parameter(
+                scale, scale_inner, scale_shift, scale_table, own_rows, group, own_mask, 1.0, S_KIND, S_DOWN, S_STRIDE,
+                S_WIDTH, S_NEGATED, COMPUTE, S_BITS, S_LEVELS, S_GROUP, S_INNER, S_INNER_NEGATED, S_SHIFT,
+            )  # fmt: skip
         if Z_KIND != 0:
-            z = _parameter(zero, own_rows, group, own_mask, 0.0, Z_KIND, Z_DOWN, Z_STRIDE, Z_WIDTH, Z_NEGATED, COMPUTE)
+            z = _parameter(
+                zero, zero_inner, zero_shift, zero_table, own_rows, group, own_mask, 0.0, Z_KIND, Z_DOWN, Z_STRIDE,
+                Z_WIDTH, Z_NEGATED, COMPUTE, Z_BITS, Z_LEVELS, Z_GROUP, Z_INNER, Z_INNER_NEGATED, Z_SHIFT,
+            )  # fmt: skip
         if O_KIND != 0:
             o = _parameter(
-                offset, own_rows, group, own_mask, 0.0, O_KIND, O_DOWN, O_STRIDE, O_WIDTH, O_NEGATED, COMPUTE
-            )
+                offset, offset_inner, offset_shift, offset_table, own_rows, group, own_mask, 0.0, O_KIND, O_DOWN, O_STRIDE,
+                O_WIDTH, O_NEGATED, COMPUTE, O_BITS, O_LEVELS, O_GROUP, O_INNER, O_INNER_NEGATED, O_SHIFT,
+            )  # fmt: skip
         if BOOKS > 0:
             head, second, pattern = _vector_codes(
                 codes,
@@ -298,15 +365,21 @@ def _product_kernel(
 
 @triton.jit
 def _decode_kernel(
-    out, codes, table, scale, zero, offset, signs, sign_table, count, first_row,
+    out, codes, table, scale, scale_inner, scale_shift, scale_table, zero, zero_inner, zero_shift, zero_table,
+    offset, offset_inner, offset_shift, offset_table, signs, sign_table, count, first_row,
     COLUMNS: tl.constexpr, ROW_BYTES: tl.constexpr,
     BITS: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr,
     VECTOR: tl.constexpr, HIGH: tl.constexpr, BOOKS: tl.constexpr, ENTRIES: tl.constexpr, SIGN_BITS: tl.constexpr,
     SIGN_BYTES: tl.constexpr,
     S_KIND: tl.constexpr, S_DOWN: tl.constexpr, S_STRIDE: tl.constexpr, S_WIDTH: tl.constexpr, S_INVERTED: tl.constexpr,
-    S_NEGATED: tl.constexpr,
+    S_NEGATED: tl.constexpr, S_BITS: tl.constexpr, S_LEVELS: tl.constexpr, S_GROUP: tl.constexpr, S_INNER: tl.constexpr,
+    S_INNER_NEGATED: tl.constexpr, S_SHIFT: tl.constexpr,
     Z_KIND: tl.constexpr, Z_DOWN: tl.constexpr, Z_STRIDE: tl.constexpr, Z_WIDTH: tl.constexpr, Z_NEGATED: tl.constexpr,
+    Z_BITS: tl.constexpr, Z_LEVELS: tl.constexpr, Z_GROUP: tl.constexpr, Z_INNER: tl.constexpr,
+    Z_INNER_NEGATED: tl.constexpr, Z_SHIFT: tl.constexpr,
     O_KIND: tl.constexpr, O_DOWN: tl.constexpr, O_STRIDE: tl.constexpr, O_WIDTH: tl.constexpr, O_NEGATED: tl.constexpr,
+    O_BITS: tl.constexpr, O_LEVELS: tl.constexpr, O_GROUP: tl.constexpr, O_INNER: tl.constexpr,
+    O_INNER_NEGATED: tl.constexpr, O_SHIFT: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out [count, COLUMNS] = rows first_row .. of the weight, in the order of the codes."""
@@ -324,11 +397,20 @@ def _decode_kernel(
     rows = row[:, None] + tl.zeros((1, R), dtype=tl.int32)
     s, z, o = 1.0, 0.0, 0.0
     if S_KIND != 0:
-        s = _parameter(scale, rows, group, mask, 1.0, S_KIND, S_DOWN, S_STRIDE, S_WIDTH, S_NEGATED, COMPUTE)
+        s = _parameter(
+            scale, scale_inner, scale_shift, scale_table, rows, group, mask, 1.0, S_KIND, S_DOWN, S_STRIDE,
+            S_WIDTH, S_NEGATED, COMPUTE, S_BITS, S_LEVELS, S_GROUP, S_INNER, S_INNER_NEGATED, S_SHIFT,
+        )  # fmt: skip
     if Z_KIND != 0:
-        z = _parameter(zero, rows, group, mask, 0.0, Z_KIND, Z_DOWN, Z_STRIDE, Z_WIDTH, Z_NEGATED, COMPUTE)
+        z = _parameter(
+            zero, zero_inner, zero_shift, zero_table, rows, group, mask, 0.0, Z_KIND, Z_DOWN, Z_STRIDE,
+            Z_WIDTH, Z_NEGATED, COMPUTE, Z_BITS, Z_LEVELS, Z_GROUP, Z_INNER, Z_INNER_NEGATED, Z_SHIFT,
+        )  # fmt: skip
     if O_KIND != 0:
-        o = _parameter(offset, rows, group, mask, 0.0, O_KIND, O_DOWN, O_STRIDE, O_WIDTH, O_NEGATED, COMPUTE)
+        o = _parameter(
+            offset, offset_inner, offset_shift, offset_table, rows, group, mask, 0.0, O_KIND, O_DOWN, O_STRIDE,
+            O_WIDTH, O_NEGATED, COMPUTE, O_BITS, O_LEVELS, O_GROUP, O_INNER, O_INNER_NEGATED, O_SHIFT,
+        )  # fmt: skip
     if BOOKS > 0:
         head, second, pattern = _vector_codes(
             codes,

@@ -1,7 +1,9 @@
 """Which tile a product takes: data (tuning.json), so that a card is tuned by measuring (benchmarks/gpu) and not by editing code.
 
-The first entry that fits is taken; null fits anything. `bits` lists code widths, `count` is the largest number of input rows,
-`codebook` says whether codes name vectors. Parts of the columns (split-K) are chosen so that every processor has `waves` blocks.
+The first entry that fits is taken; null fits anything. `form` is what a leaf reads (planes, grid, codebook), `card` a compute
+capability ("9.0") or an AMD architecture ("gfx942"), `itemsize` that of the inputs in bytes; `bits` lists code widths, `count`
+is the largest number of input rows. Parts of the columns (split-K) are chosen so that every processor has `waves` blocks.
+`many`: rows of input from which decoding pieces for torch's matmul costs less than decoding in the product.
 """
 
 from __future__ import annotations
@@ -28,28 +30,46 @@ class Tile:
 
 
 @functools.lru_cache(maxsize=1)
+def _table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(__file__).with_name("tuning.json").read_text())
+    return found
+
+
 def entries() -> list[dict[str, Any]]:
-    """The table as it stands in the file."""
-    found: list[dict[str, Any]] = json.loads(Path(__file__).with_name("tuning.json").read_text())
+    """The tiles as they stand in the file."""
+    found: list[dict[str, Any]] = _table()["tiles"]
     return found
 
 
 @functools.lru_cache(maxsize=16)
-def _card(device: torch.device) -> tuple[str | None, int]:
-    """(compute capability, processors)."""
+def card(device: torch.device) -> tuple[str | None, int]:
+    """(compute capability or architecture, processors)."""
     if device.type != "cuda":
         return None, 1
     found = torch.cuda.get_device_properties(device)
-    return f"{found.major}.{found.minor}", found.multi_processor_count
+    name = found.gcnArchName.partition(":")[0] if torch.version.hip else f"{found.major}.{found.minor}"
+    return name, found.multi_processor_count
+
+
+@functools.lru_cache(maxsize=64)
+def many(form: str, device: torch.device) -> int:
+    """Rows of input from which a leaf of that form is decoded piece by piece."""
+    for entry in _table()["many"]:
+        if entry["form"] == form and entry["card"] in (None, card(device)[0]):
+            rows: int = entry["rows"]
+            return rows
+    raise LookupError(f"tuning.json does not say how many rows are many for {form}")
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(count: int, rows: int, runs: int, bits: int, codebook: bool, device: torch.device) -> Tile:
+def tile_for(
+    count: int, rows: int, runs: int, bits: int, form: str, dtype: torch.dtype, device: torch.device
+) -> Tile:  # fmt: skip
     """The tile for `count` rows of input and a weight of `rows` rows of `runs` runs of codes."""
-    capability, processors = _card(device)
+    name, processors = card(device)
+    wanted = {"card": name, "form": form, "itemsize": dtype.itemsize}
     for entry in entries():
-        wanted = {"compute_capability": capability, "codebook": codebook}
-        if any(entry[name] not in (None, value) for name, value in wanted.items()):
+        if any(entry[key] not in (None, value) for key, value in wanted.items()):
             continue
         if bits in (entry["bits"] or (bits,)) and count <= (entry["count"] or count):
             blocks = -(-rows // entry["rows"]) * -(-count // entry["inputs"])
