@@ -175,7 +175,9 @@ def outliers(rows: int, columns: int) -> nodes.Sparse:
     full = torch.where(numbers(rows, columns, seed=9) > 1.6, numbers(rows, columns, seed=10), 0.0)
     full[1] = 0
     row, column = full.nonzero(as_tuple=True)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=rows).cumsum(0)]).to(torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=rows).cumsum(0)]).to(
+        torch.int32
+    )
     return nodes.Sparse(offsets, column.to(torch.int32), nodes.Values(full[row, column][None].half()), columns)
 
 
@@ -217,7 +219,8 @@ def test_products(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["act-order", "cropped", "columns", "rotated inputs", "AQLM 2x8", "int4, act-order", "int4, short", "outliers"]
+    "name",
+    ["act-order", "cropped", "columns", "rotated inputs", "AQLM 2x8", "int4, act-order", "int4, short", "outliers"],
 )
 def test_many_rows_and_gradients_go_by_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from anybit.kernels.triton import programs
@@ -256,7 +259,10 @@ def test_columns_are_split_and_added_in_order(columns: int, monkeypatch: pytest.
     from anybit.kernels.triton.tuning import Tile
 
     monkeypatch.setattr(programs, "tile_for", lambda count, *_: Tile(1 if count == 1 else 16, 16, 16, 3, 4, 2))
-    check(Weight(grid(4, 40, columns, 8 if columns == 264 else 32, zero="codes")), ((1, torch.float32), (5, torch.bfloat16)))
+    check(
+        Weight(grid(4, 40, columns, 8 if columns == 264 else 32, zero="codes")),
+        ((1, torch.float32), (5, torch.bfloat16)),
+    )
 
 
 def test_rows_of_planes_are_looked_up() -> None:
@@ -284,3 +290,31 @@ def test_vendors_weights(folder: Path) -> None:
             :200
         ]
     )
+
+
+@pytest.mark.parametrize("name", ["e4m3_token", "int8_static"])
+def test_codes_of_inputs_meet_codes_of_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules hand over codes where a device multiplies them, and the weight they see has its codes as they were stored."""
+    from anybit.methods import _activations
+    from anybit.weight import float8_products
+    from anybit.weight.activation import Activation
+
+    assert name in RULES
+    if DEVICE.type == "cpu":  # torch's product there, as if it were a GPU's
+        monkeypatch.setattr(float8_products, "why_not", lambda device: None)
+    assert _activations.float8_products is float8_products
+    static = (torch.tensor(0.02),) if name == "int8_static" else ()
+    activation = Activation(name, names=("input_scale",) * len(static), tensors=static)
+    tree = grid(8, 16, 64, 64, signed=True) if static else fp8(torch.float8_e4m3fn, "e4m3")
+    check(Weight(tree, activation=activation), ((3, torch.bfloat16),))
+
+
+def test_rules_see_no_codes_in_planes() -> None:
+    """An input rule of a 4-bit weight costs no restoring of codes: they are nowhere but in planes."""
+    from anybit.weight.activation import Activation
+
+    weight = Weight(grid(4, 16, 256, 32), activation=Activation("mx_e4m3", "e4m3", "group", 32))
+    kernel: Any = get("triton")
+    spec, tensors = kernel.prepare(weight.to(DEVICE))
+    assert [tensor.device.type for tensor in kernel.seen_by_rules(spec, tensors).tensors].count("meta") == 1
+    check(weight, ((2, torch.bfloat16),))

@@ -102,6 +102,7 @@ class Workspace:
 
     def __init__(self, weight: Weight, nested: bool = False):
         self.nested = nested  # whether codes of scales stay codes
+        self.quantized_inputs = weight.activation is not None
         self.tensors = [tensor.detach().contiguous() for tensor in weight.tensors]
         self.own = len(self.tensors)
         self.meta = any(tensor.device.type == "meta" for tensor in self.tensors)

@@ -16,7 +16,7 @@ import functools
 import json
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from anybit.kernels._grids import Refused, Workspace, restored
 from anybit.kernels.base import Kernel
-from anybit.weight import Weight, nodes
-from anybit.weight.activation import RULES
-from anybit.weight.integer_products import scaled_product
+from anybit.weight import Weight, float8_products, integer_products, nodes
+from anybit.weight.activation import RULES, Activation
 from anybit.weight.nodes import Node, hadamard
 
+# products of codes by codes, for inputs that rules made codes of; None: not of this tree
+_UNITS = {torch.int8: integer_products.scaled_product, torch.float8_e4m3fn: float8_products.scaled_product}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what leaves read and write
 
 # --- trees -> programs ---------------------------------------------------------------------------------------------------------
@@ -117,22 +118,32 @@ class ProgramKernel(Kernel):
         space = Workspace(weight, nested=self.nested)
         program = program_of(weight.tree, space, self.leaf_program)
         spec = {"structure": weight.structure(), "own": space.own, "moved": space.moved, "program": program}
+        if not space.meta and weight.activation is not None and weight.activation.rows:
+            spec["alike"] = _alike(weight.activation)
         return json.dumps(spec, default=vars, separators=(",", ":")), space.tensors
 
     def restore(self, spec: str, tensors: list[Tensor]) -> Weight:
         form = form_of(self, spec)
         return restored(form.structure, tensors[: form.own], form.moved, tensors)
 
+    def seen_by_rules(self, spec: str, tensors: list[Tensor]) -> Weight:
+        """The weight as activation rules see it; codes that no rule reads may be left out, on the meta device."""
+        return self.restore(spec, tensors)
+
     def linear(self, x: Tensor, spec: str, tensors: list[Tensor], bias: Tensor | None) -> Tensor:
         form = form_of(self, spec)
         if form.rule is not None:
-            weight = self.restore(spec, tensors)
+            weight, rule = self.seen_by_rules(spec, tensors), form.rule
+            if form.alike and weight.activation is not None:
+                rule = weight.activation.base
+                weight = replace(weight, activation=weight.activation.parts[0])
 
             def product(rows: Tensor) -> Tensor:
-                whole = scaled_product(weight.tree, rows) if rows.dtype == torch.int8 else None
+                units = _UNITS.get(rows.dtype)
+                whole = units(weight.tree, rows) if units is not None else None
                 return form.program.linear(rows, tensors, None, torch.float32) if whole is None else whole
 
-            return RULES[form.rule](x, weight, bias, product)
+            return RULES[rule](x, weight, bias, product)
         return form.program.linear(x, tensors, bias, x.dtype)
 
     def input_gradient(self, gradient: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:
@@ -151,6 +162,7 @@ class Form:
     moved: dict[int, list[tuple[int, int]]]
     rule: str | None
     program: Program
+    alike: bool  # parts of the rows have scales of their own for inputs, all the same
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,7 +172,14 @@ def form_of(kernel: ProgramKernel, spec: str) -> Form:
     activation = json.loads(parts["structure"]).get("activation")
     moved = {int(slot): moves for slot, moves in parts["moved"].items()}
     rule = activation and activation["rule"]
-    return Form(parts["structure"], parts["own"], moved, rule, build(parts["program"], kernel.leaf))
+    program = build(parts["program"], kernel.leaf)
+    return Form(parts["structure"], parts["own"], moved, rule, program, parts.get("alike", False))
+
+
+def _alike(activation: Activation) -> bool:
+    """Settled once: a product that compared them would wait for the device."""
+    first, *others = (part.tensors for part in activation.parts)
+    return all(torch.equal(one, other) for part in others for one, other in zip(first, part, strict=True))
 
 
 # --- programs that run -------------------------------------------------------------------------------------------------------

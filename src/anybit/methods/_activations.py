@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from anybit._lazy import torch
 from anybit.algorithms import minifloat
+from anybit.weight import float8_products
 from anybit.weight.activation import RULES, Activation, Product, activation_rule
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ def rounded_nvfp4(x: Tensor, size: int, common: Tensor) -> Tensor:
     return (minifloat.nearest(numbers, "e2m1") * scales).flatten(1)[:, : x.shape[1]]
 
 
+def _codes(numbers: Tensor) -> Tensor:
+    """Float32 numbers -> the nearest E4M3 numbers, as codes where a device multiplies them."""
+    found = minifloat.nearest(numbers, "e4m3")
+    return found if float8_products.why_not(numbers.device) else found.to(torch.float8_e4m3fn)
+
+
 def _group_size(weight: Weight) -> int:
     activation = _activation(weight)
     assert activation.group_size is not None
@@ -79,8 +86,7 @@ def e4m3_token(x: Tensor, weight: Weight, bias: Tensor | None, product: Product)
     """s = max|x| / 448 of each token."""
     numbers = x.to(torch.float32)
     scales = numbers.abs().amax(1, keepdim=True) / TOP
-    quantized = minifloat.nearest(numbers / scales.clamp(min=SMALLEST), "e4m3")
-    return finish(product(quantized) * scales, bias, x.dtype)
+    return finish(product(_codes(numbers / scales.clamp(min=SMALLEST))) * scales, bias, x.dtype)
 
 
 @activation_rule("e4m3_group")
@@ -93,7 +99,7 @@ def e4m3_group(x: Tensor, weight: Weight, bias: Tensor | None, product: Product)
 def e4m3_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Product) -> Tensor:
     """One stored scale; what lies beyond 448 of it is clipped."""
     scale = _activation(weight).tensors[0].to(torch.float32).reshape(())
-    return finish(product(minifloat.nearest(x.to(torch.float32) / scale, "e4m3")) * scale, bias, x.dtype)
+    return finish(product(_codes(x.to(torch.float32) / scale)) * scale, bias, x.dtype)
 
 
 @activation_rule("e4m3_tensor")
@@ -102,7 +108,7 @@ def e4m3_tensor(x: Tensor, weight: Weight, bias: Tensor | None, product: Product
     numbers = x.to(torch.float32)
     largest = numbers.abs().amax() if numbers.numel() else numbers.new_zeros(())
     scale = torch.where(largest > 0, largest / TOP, 1.0)
-    return finish(product(minifloat.nearest(numbers / scale, "e4m3")) * scale, bias, x.dtype)
+    return finish(product(_codes(numbers / scale)) * scale, bias, x.dtype)
 
 
 @activation_rule("int8_static")
@@ -110,7 +116,7 @@ def int8_static(x: Tensor, weight: Weight, bias: Tensor | None, product: Product
     """One stored scale; integers from -128 to 127."""
     scale = _activation(weight).tensors[0].to(torch.float32).reshape(())
     codes = (x.to(torch.float32) / scale).round().clamp(-128, 127)
-    return finish(product(codes) * scale, bias, x.dtype)
+    return finish(product(codes.to(torch.int8)) * scale, bias, x.dtype)
 
 
 @activation_rule("mx_e2m1")

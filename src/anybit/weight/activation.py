@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from anybit.weight.weight import Weight
 
-# product(x) -> float32 x @ W.T, x [tokens, in] of any dtype, never holding the whole dense weight; integers come as int8,
-# so that integer units can have them
+# product(x) -> float32 x @ W.T, x [tokens, in] of any dtype, never holding the whole dense weight; integers come as int8, and
+# E4M3 numbers as float8_e4m3fn where the device has units for them (float8_products), so that units can have them
 Product = Callable[["Tensor"], "Tensor"]
 # rule(x [tokens, in], weight, bias or None, product) -> [tokens, out] in x's dtype
 Rule = Callable[["Tensor", "Weight", "Tensor | None", Product], "Tensor"]

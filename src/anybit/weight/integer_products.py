@@ -24,23 +24,35 @@ GPU_MULTIPLE = 8  # of inputs and outputs
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
     """int8 [n, in] x int8 [rows, in] -> int32 [n, rows]; exact up to 2**17 inputs."""
-    if left.is_cuda:
-        fits = left.shape[1] % GPU_MULTIPLE == 0 and right.shape[0] % GPU_MULTIPLE == 0
-        if fits and _is_exact(left.device):
-            padded = torch.nn.functional.pad(left, (0, 0, 0, max(0, GPU_ROWS - left.shape[0])))
-            return torch._int_mm(padded, right.t())[: left.shape[0]]
-    elif _is_exact(left.device):
-        return torch._int_mm(left, right.t())
+    if _is_exact(left.device):
+        return _filled_product(left, right) if left.device.type != "cpu" else torch._int_mm(left, right.t())
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
     for a, b in zip(left.split(EXACT_IN_FLOAT32, 1), right.split(EXACT_IN_FLOAT32, 1), strict=True):
         total += (a.to(torch.float32) @ b.to(torch.float32).t()).to(torch.int32)
     return total
 
 
+def _filled_product(left: Tensor, right: Tensor) -> Tensor:
+    """torch's product within the limits of GPUs: what is missing is filled up with zeros."""
+    rows, outputs = left.shape[0], right.shape[0]
+    short = -left.shape[1] % GPU_MULTIPLE
+    left = torch.nn.functional.pad(left, (0, short, 0, max(0, GPU_ROWS - rows)))
+    if short or outputs % GPU_MULTIPLE:  # a copy of the weight, for sizes that models hardly have
+        right = torch.nn.functional.pad(right, (0, short, 0, -outputs % GPU_MULTIPLE))
+    return torch._int_mm(left, right.t())[:rows, :outputs]
+
+
+def probe(device: torch.device) -> None:
+    """Find out what the device's products of integers are worth, before anything waits for a product or records one."""
+    _is_exact(device)
+
+
 @functools.lru_cache(maxsize=64)
 def _is_exact(device: torch.device) -> bool:
     """Whether the device's product of integers exists and neither saturates nor rounds at the ends of the range."""
     left = torch.tensor([127, -128], dtype=torch.int8, device=device).repeat_interleave(16)[:, None].expand(32, 64)
+    if device.type == "meta":
+        return False
     try:
         found = torch._int_mm(left.contiguous(), left.contiguous().t())
     except (RuntimeError, NotImplementedError):

@@ -20,7 +20,7 @@ from torch import Tensor
 from anybit.kernels._grids import Refused, Workspace, has_group_index
 from anybit.kernels._programs import Program, ProgramKernel, form_of
 from anybit.kernels.triton import planes_form, programs
-from anybit.weight import Weight
+from anybit.weight import Weight, integer_products
 from anybit.weight.nodes import Node
 
 
@@ -64,6 +64,8 @@ class TritonGrid(ProgramKernel):
         home = weight.device
         if home.type != "meta" and has_group_index(weight.tree):  # columns are moved on the host, once
             weight = weight.to("cpu")
+        if weight.activation is not None and home.type != "meta":
+            integer_products.probe(home)
         spec, tensors = super().prepare(weight)
         return spec, [tensor.to(home) for tensor in tensors]
 
@@ -71,6 +73,12 @@ class TritonGrid(ProgramKernel):
         tensors = list(tensors)
         for form in programs.planes_of(spec):
             tensors[form["slot"]] = planes_form.restored_codes(form, tensors)
+        return super().restore(spec, tensors)
+
+    def seen_by_rules(self, spec: str, tensors: list[Tensor]) -> Weight:
+        tensors = list(tensors)
+        for form in programs.planes_of(spec):  # rules read scales, and 8-bit codes, which are no planes then
+            tensors[form["slot"]] = torch.empty(form["shape"], dtype=getattr(torch, form["dtype"]), device="meta")
         return super().restore(spec, tensors)
 
     def take_rows(self, index: Tensor, spec: str, tensors: list[Tensor]) -> Tensor:

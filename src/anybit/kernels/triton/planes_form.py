@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybit.kernels._grids import SIGNED, Grid, Workspace
+from anybit.kernels._grids import E4M3, SIGNED, Grid, Workspace
 from anybit.weight import nodes
 from anybit.weight.nodes import Node
 from anybit.weight.packing import pack, unpack
@@ -51,10 +51,17 @@ def _levels(tree: Node) -> Any:
 
 def moved(tree: Node, grid: Grid, space: Workspace) -> dict[str, Any] | None:
     """Cut the codes of a leaf's grid into planes, which take their place in the workspace; None: they stay what they are."""
+    if space.quantized_inputs and grid.bits == 8 and grid.levels in (SIGNED, E4M3):
+        return None  # units for 8-bit numbers read them as they are
     bits, block = grid.bits, block_columns(grid.bits)
     columns = grid.row_bytes * 8 // bits  # as they are stored: a crop may leave some out
     whole = grid.group >= grid.columns
-    if grid.compute != 0 or columns * bits % 8 or columns < grid.columns or (filled(columns, bits) - columns) * _MOST_FILLING > columns:
+    if (
+        grid.compute != 0
+        or columns * bits % 8
+        or columns < grid.columns
+        or (filled(columns, bits) - columns) * _MOST_FILLING > columns
+    ):
         return None
     if not whole and (grid.group % WORDS or (block % grid.group and grid.group % block)):
         return None
@@ -72,15 +79,10 @@ def moved(tree: Node, grid: Grid, space: Workspace) -> dict[str, Any] | None:
         flat = codes.view(torch.uint8).view(lead, rows, grid.row_bytes)
         planes = cut(flat, bits, columns, flip=grid.levels == SIGNED and bits < 8)
     small_floats = _levels(tree) == "e2m1" and bits == 4
-    tables: dict[str, Any] = {"table_bfloat16": None, "table_float16": None}
-    if grid.table is not None and not small_floats:
-        own = space.tensors[grid.table.position]
-        for dtype in (torch.bfloat16, torch.float16):
-            tables[f"table_{str(dtype).removeprefix('torch.')}"] = space.add(own.to(dtype), bool(grid.table.stride))
     form = {
         "slot": slot, "bits": bits, "columns": columns, "rows": rows, "flip": grid.levels == SIGNED and bits < 8,
         "shape": list(codes.shape), "dtype": str(codes.dtype).removeprefix("torch."), "small_floats": small_floats,
-        "planes": [space.add(plane).position for plane in planes], **tables,
+        "planes": [space.add(plane).position for plane in planes],
     }  # fmt: skip
     space.tensors[slot] = torch.empty(0, dtype=codes.dtype, device=codes.device)
     return form

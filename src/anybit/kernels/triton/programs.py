@@ -27,9 +27,19 @@ from anybit.weight.weight import row_chunks
 
 E2M1 = 8  # a kind of levels beside those of grids, as in planes.py
 PIECE = 1 << 24  # weights of such a piece: 32 MB in two bytes each, within the second-level cache of a large card
-_NO_PARAMETER = {"kind": 0, "down": 1, "row_stride": 0, "width": 1, "inverted": False, "negated": False, "nested": None}
-_NOT_NESTED = {"bits": 8, "levels": 0, "group": 0, "scale_kind": 0, "scale_negated": False, "offset_kind": 0, "scale": None,
-               "offset": None, "table": None}  # fmt: skip
+_NO_PARAMETER: dict[str, Any] = {
+    "kind": 0,
+    "down": 1,
+    "row_stride": 0,
+    "width": 1,
+    "inverted": False,
+    "negated": False,
+    "nested": None,
+}
+_NOT_NESTED: dict[str, Any] = {
+    "bits": 8, "levels": 0, "group": 0, "scale_kind": 0, "scale_negated": False, "offset_kind": 0, "scale": None, "offset": None,
+    "table": None,
+}  # fmt: skip
 _PARAMETERS = (("S", "scale"), ("Z", "zero"), ("O", "offset"))
 
 
@@ -316,8 +326,6 @@ class PlanesLeaf(Leaf):
         self.power = {E4M3: 256, E2M1: 1 << 14}.get(kind, 1)  # what float16 makes the numbers smaller by
         super().__init__({**grid, "levels": kind})
         del self.slots["codes"]
-        tables = {torch.bfloat16: form["table_bfloat16"], torch.float16: form["table_float16"]}
-        self.tables = {dtype: (slot["position"], slot["stride"]) for dtype, slot in tables.items() if slot is not None}
 
     def runs_of(self, book: dict[str, Any] | None) -> None:
         self.per = planes_form.block_columns(self.bits)
@@ -338,16 +346,6 @@ class PlanesLeaf(Leaf):
         names = ("first", "second", "third")
         found |= {f"{name}_plane": plane for name, plane in zip(names, own, strict=True)}
         return found, strides | {name: plane.stride(0) for name, plane in zip(names, own, strict=True)}
-
-    def arguments(
-        self, x: Tensor, tensors: list[Tensor], bias: Tensor | None, y: Tensor, tile: Tile, splits: int,
-        routed: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        found = super().arguments(x, tensors, bias, y, tile, splits, routed)
-        if x.dtype in self.tables:  # a table of the input's own dtype
-            position, stride = self.tables[x.dtype]
-            found |= {"table": tensors[position], "TABLE_EXPERT": stride // tensors[position].element_size()}
-        return found
 
     def tile_arguments(self, tile: Tile, strides: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
         mantissa = {torch.bfloat16: 7, torch.float16: 10}.get(

@@ -1,9 +1,9 @@
 """Which tile a product takes: data (tuning.json), so that a card is tuned by measuring (benchmarks/gpu) and not by editing code.
 
 The first entry that fits is taken; null fits anything. `form` is what a leaf reads (planes, grid, codebook), `card` a compute
-capability ("9.0") or an AMD architecture ("gfx942"), `itemsize` that of the inputs in bytes; `bits` lists code widths, `count`
-is the largest number of input rows. Parts of the columns (split-K) are chosen so that every processor has `waves` blocks.
-`many`: rows of input from which decoding pieces for torch's matmul costs less than decoding in the product.
+capability ("9.0") or the beginning of an AMD architecture ("gfx94"), `itemsize` that of the inputs in bytes; `bits` lists code
+widths, `count` is the largest number of input rows. Parts of the columns (split-K) are chosen so that every processor has `waves`
+blocks. `many`: rows of input from which decoding pieces for torch's matmul costs less than decoding in the product.
 """
 
 from __future__ import annotations
@@ -51,11 +51,15 @@ def card(device: torch.device) -> tuple[str | None, int]:
     return name, found.multi_processor_count
 
 
+def _is_for(entry: dict[str, Any], name: str | None) -> bool:
+    return entry["card"] is None or (name or "").startswith(entry["card"])
+
+
 @functools.lru_cache(maxsize=64)
 def many(form: str, device: torch.device) -> int:
     """Rows of input from which a leaf of that form is decoded piece by piece."""
     for entry in _table()["many"]:
-        if entry["form"] == form and entry["card"] in (None, card(device)[0]):
+        if entry["form"] == form and _is_for(entry, card(device)[0]):
             rows: int = entry["rows"]
             return rows
     raise LookupError(f"tuning.json does not say how many rows are many for {form}")
@@ -67,9 +71,8 @@ def tile_for(
 ) -> Tile:  # fmt: skip
     """The tile for `count` rows of input and a weight of `rows` rows of `runs` runs of codes."""
     name, processors = card(device)
-    wanted = {"card": name, "form": form, "itemsize": dtype.itemsize}
     for entry in entries():
-        if any(entry[key] not in (None, value) for key, value in wanted.items()):
+        if entry["form"] != form or entry["itemsize"] not in (None, dtype.itemsize) or not _is_for(entry, name):
             continue
         if bits in (entry["bits"] or (bits,)) and count <= (entry["count"] or count):
             blocks = -(-rows // entry["rows"]) * -(-count // entry["inputs"])
