@@ -14,7 +14,7 @@ from torch import nn
 
 from anybit._memory import give_back_free_memory, without_collections
 from anybit.containers import Checkpoint
-from anybit.engine import devices, skeleton
+from anybit.engine import devices, skeleton, staging
 from anybit.engine.materialize import Alike, attach_scheme, load_entry, load_plain, set_tensor, tie
 from anybit.engine.names import Names
 from anybit.engine.plan import Plan, build_plan, refuse_uncalibrated
@@ -109,6 +109,7 @@ def load(
             offloader.move_out(model, key)
     _finish(model, plan, placement)
     checkpoint.release()
+    staging.release()
     _mark(model, prepared)
     offloader.dispatch(model)
     # transformers' spelling of the same wish: an option of several configuration classes

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anybit import algorithms
 from anybit.containers import Checkpoint
+from anybit.engine import staging
 from anybit.engine.names import WHOLE, Index
 from anybit.engine.plan import Entry, Plan, PlannedPart
 from anybit.engine.skeleton import Slot
@@ -77,7 +78,7 @@ def _decoded(layout: Layout, part: PlannedPart, checkpoint: Checkpoint, device: 
         place = tensor.data_ptr()
         return tensor.clone() if any(start <= place < stop for start, stop in starts) else tensor
 
-    weight = weight.map(owned) if device.type == "cpu" else weight.to(device)
+    weight = weight.map(owned) if device.type == "cpu" else weight.map(lambda tensor: staging.moved(tensor, device))
     del stored
     checkpoint.release()
     return weight
