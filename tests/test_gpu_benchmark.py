@@ -32,7 +32,12 @@ def test_measures_checks_and_goes_on(tmp_path: Path) -> None:
     shapes = ["--shapes", "16x256,9x16x256", "--batches", "1,2", "--only", "int4, groups", "-o", str(tmp_path)]
     run(*shapes)
     rows = json.loads((tmp_path / "products.json").read_text())["products"]
-    assert [(row["shape"], row["batch"]) for row in rows] == [("16x256", 1), ("16x256", 2), ("9x16x256", 1), ("9x16x256", 2)]
+    assert [(row["shape"], row["batch"]) for row in rows] == [
+        ("16x256", 1),
+        ("16x256", 2),
+        ("9x16x256", 1),
+        ("9x16x256", 2),
+    ]
     assert "| int4, groups of 128" in (tmp_path / "products.md").read_text()
     assert run(*shapes) == ""  # all of it was done
     assert "agrees with the reference" in run(*shapes, "--check-only")
