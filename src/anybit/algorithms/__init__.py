@@ -11,7 +11,8 @@ NotRepresentable, naming the node.
 
 With calibration data there are two more kinds. A rounding that is trained has `Rounding` and `tune` (autoround.py). A folding
 has `candidates(weights, inputs, largest, group)`: scales [in] for matrices that share an input, whose inverse goes into what
-makes that input; it comes before a rounding: "awq" (then the layout's own rounding), "awq+gptq", "smoothquant+gptq".
+makes that input; it comes before a rounding: "awq" (then the layout's own rounding), "awq+gptq", "smoothquant+gptq". A
+refinement has `refine` and comes last (finetune.py): "aqlm+finetune".
 A calibrated one may say ahead of a run what it computes for a matrix, `cost(rows, columns, samples, length, **options) -> Cost`,
 and what it holds at once beside one matrix, `memory(weights, widths, samples, length, **options) -> bytes`: of a block with so
 many weights, whose matrices' inputs and outputs are together so wide.
@@ -25,7 +26,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anybit.errors import InvalidOption, did_you_mean
 
@@ -71,10 +72,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Steps:
-    """What is done to a block: weights are rescaled by `foldings`, then rounded. `rounding` None: as their layout does."""
+    """What is done to a block: weights are rescaled by `foldings`, then rounded, then refined together.
+
+    `rounding` None: as their layout does. `refinement` None: not refined.
+    """
 
     foldings: tuple[str, ...]
     rounding: str | None
+    refinement: str | None = None
+
+    def split(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the rounding, and of the refinement."""
+        known = inspect.signature(module(self.refinement).refine).parameters if self.refinement is not None else {}
+        ours = {name: value for name, value in options.items() if name not in known}
+        return ours, {name: value for name, value in options.items() if name in known}
 
 
 def steps(name: str) -> Steps:
@@ -86,12 +97,14 @@ def steps(name: str) -> Steps:
                 f"no algorithm is called {step!r}{did_you_mean(step, names()) or '.'} Known: {', '.join(names())}"
             )
     foldings = [step for step in found if hasattr(module(step), "candidates")]
-    roundings = found[len(foldings) :]
-    if foldings != found[: len(foldings)] or len(roundings) > 1:
+    refinements = [step for step in found if hasattr(module(step), "refine")]
+    roundings = found[len(foldings) : len(found) - len(refinements)]
+    if foldings + roundings + refinements != found or len(roundings) > 1 or len(refinements) > 1:
         raise InvalidOption(
-            f"algorithm is {name!r}; it must be foldings ({', '.join(_foldings())}) and then at most one rounding, e.g. awq+gptq"
+            f"algorithm is {name!r}; it must be foldings ({', '.join(_having('candidates'))}), then at most one rounding, then "
+            f"at most one refinement ({', '.join(_having('refine'))}), e.g. awq+gptq or aqlm+finetune"
         )
-    return Steps(tuple(foldings), roundings[0] if roundings else None)
+    return Steps(tuple(foldings), *(own[0] if own else None for own in (roundings, refinements)))
 
 
 def module(name: str) -> ModuleType:
@@ -102,8 +115,8 @@ def module(name: str) -> ModuleType:
 def modules(name: str | None) -> list[ModuleType]:
     """The files of all steps of "a+b+c"."""
     found = Steps((), None) if name is None else steps(name)
-    return [module(own) for own in (*found.foldings, found.rounding) if own is not None]
+    return [module(own) for own in (*found.foldings, found.rounding, found.refinement) if own is not None]
 
 
-def _foldings() -> list[str]:
-    return [name for name in names() if hasattr(module(name), "candidates")]
+def _having(function: str) -> list[str]:
+    return [name for name in names() if hasattr(module(name), function)]

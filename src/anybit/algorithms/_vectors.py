@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -80,3 +80,20 @@ def upper_factor(hessian: Tensor) -> Tensor:
             more * 4,
         )
     raise NotRepresentable("the inputs of the layer make no usable second moment; calibrate with other text")
+
+
+def fitted(start: Tensor, residual: Tensor, image: Callable[[Tensor], Tensor], steps: int) -> Tensor:
+    """Least squares by conjugate gradients: `start` moved by x with image(x) = residual, both of start's shape."""
+    step, numbers, residual = residual.clone(), start.clone(), residual.clone()
+    size = residual.square().sum()
+    for _ in range(steps):
+        if float(size) == 0:
+            break
+        moved = image(step)
+        rate = size / (step * moved).sum().clamp(min=1e-30)
+        numbers += rate * step
+        residual -= rate * moved
+        new = residual.square().sum()
+        step = residual + new / size * step
+        size = new
+    return numbers

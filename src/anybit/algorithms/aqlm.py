@@ -1,9 +1,10 @@
 """AQLM (arXiv 2401.06118): every tile is a sum of vectors, one from each codebook, chosen for the layer's outputs.
 
-1. rows are divided by their scale; residual k-means gives first codebooks and codes
-2. repeated while it helps: codes by beam search, tile after tile, over what a choice does to ||(W' - W) X||^2; then codebooks
-   by least squares for the same error (conjugate gradients), then the scale of each row by its closed form
-The authors tune codebooks with Adam, and whole blocks and models afterwards; that is not done here. A pass of the search costs
+1. rows are divided by their scale; residual k-means gives first codebooks
+2. codes by beam search, tile after tile in order, each error passed on to the tiles to come (LDLQ, see ldlq.py)
+3. codebooks by least squares for ||(W' - W) X||^2 (conjugate gradients), then the scale of each row by its closed form
+4. repeated while it helps: codes by beam search over what a choice does to that error, and step 3
+The authors tune codebooks of whole blocks afterwards: that is "aqlm+finetune" (finetune.py). A pass of the search costs
 out * in * 2**bits multiplications for each codebook and beam: seconds for a small layer of 2 x 8 bits, hours for a large model
 of 1 x 16 bits on a CPU.
 """
@@ -27,7 +28,7 @@ def quantize(
     target: Weight,
     *,
     hessian: Tensor,
-    damp: float = 0.01,
+    damp: float = 0.1,
     beam: int = 4,
     passes: int = 8,
     tolerance: float = 0.01,
@@ -52,8 +53,8 @@ def quantize(
     work = _Work(dense, book, _vectors.usable(hessian, damp))
     work.start(iterations, seed)
     best, kept = work.error(), work.state()
-    for _ in range(passes):
-        work.search(beam)
+    for number in range(passes):
+        (work.search if number else work.sweep)(beam)
         work.fit_tables()
         work.fit_scales()
         error = work.error()
@@ -138,6 +139,21 @@ class _Work:
 
     # --- codes ---
 
+    def sweep(self, beam: int) -> None:
+        """Codes of all tiles, one input position after the other, each error passed on to the later ones (LDLQ, see ldlq.py)."""
+        factor = _vectors.upper_factor(self.hessian)
+        for start, stop in _vectors.chunks(len(self.codes), beam * self.shape[1], 1 << 25):
+            rows = slice(start * self.high, stop * self.high)
+            weight = self.weight[rows] / self.scales[start:stop].repeat_interleave(self.high)[:, None]
+            for tile in range(self.codes.shape[1]):
+                own = slice(tile * self.wide, (tile + 1) * self.wide)
+                inside = torch.linalg.inv(factor[own, own])
+                square = inside @ inside.T  # what is left of an error after later tiles made up for it
+                goal = self._flat(weight[:, own] @ square)
+                self.codes[start:stop, tile], value = self._choose(self.codes[start:stop, tile], goal, square, beam)
+                wrong = (weight[:, own] - value.view(-1, self.wide)) @ inside
+                weight[:, own.stop :] -= wrong @ factor[own, own.stop :]
+
     def search(self, beam: int) -> None:
         """Codes of all tiles, one input position after the other. Rows do not touch each other."""
         entries = self.shape[1]
@@ -195,18 +211,7 @@ class _Work:
         """Least squares for all tables together; kept if, rounded, they are better."""
         before, old = self.error(), self.tables
         residual = -self._gradient(self.scaled(self.sums(old)) - self.weight)
-        step, tables = residual.clone(), old.clone()
-        size = residual.square().sum()
-        for _ in range(STEPS):
-            if float(size) == 0:
-                break
-            image = self._gradient(self.scaled(self.sums(step)))
-            rate = size / (step * image).sum().clamp(min=1e-30)
-            tables += rate * step
-            residual -= rate * image
-            new = residual.square().sum()
-            step = residual + new / size * step
-            size = new
+        tables = _vectors.fitted(old, residual, lambda step: self._gradient(self.scaled(self.sums(step))), STEPS)
         self.tables = self._as_stored(tables, self.dtype)
         if not self.error() < before:
             self.tables = old

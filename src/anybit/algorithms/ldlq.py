@@ -30,7 +30,7 @@ def quantize(
     hessian: Tensor,
     grid: Tensor | None = None,
     extras: Mapping[str, Tensor] | None = None,
-    damp: float = 0.01,
+    damp: float = 0.1,
     sweeps: int = 3,
 ) -> Weight:
     """Codes and scales of one matrix [out, in] over a table that is given, given `hessian` float32 [in, in].

@@ -4,12 +4,15 @@
 2. k-means of the vectors, weighted by how much the inputs of their column matter
 3. GPTQ's sweep with "nearest centroid" for rounding; with a residual codebook, k-means of what the first sweep left over and
    a second sweep with both
+4. codebooks by least squares for the layer's outputs, given the codes; another sweep with those; the best of all is kept
 Outlier columns, the first ones, have a codebook of their own. A sweep compares each vector with every centroid: with 65536 of
-them that is hours for a large model on a CPU, with 256 about the time of GPTQ. Fine-tuning afterwards is not done.
+them that is hours for a large model on a CPU, with 256 about the time of GPTQ. The authors' fine-tuning of whole blocks is
+"vptq+finetune" (finetune.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from anybit.errors import NotRepresentable
 from anybit.weight import Codebook, Codes, Columns, Crop, Node, Permute, Scaled, Sum, Values, Weight
 
 BLOCK = 128
+STEPS = 12  # of conjugate gradients
 
 
 @dataclass
@@ -32,6 +36,11 @@ class _Part:
     stop: int
     tables: list[Tensor]
     codes: list[Tensor]
+
+    def value(self, rows: int, tables: Sequence[Tensor] | None = None) -> Tensor:
+        """What the codes stand for, with these tables or its own: [rows, columns]."""
+        found = [table[codes] for table, codes in zip(tables or self.tables, self.codes, strict=True)]
+        return sum(found[1:], found[0]).transpose(1, 2).flatten(0, 1)[:rows]
 
     def round(self, column: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The nearest sum for one column [rows], and the codes."""
@@ -45,11 +54,19 @@ class _Part:
 
 
 def quantize(
-    dense: Tensor, target: Weight, *, hessian: Tensor, damp: float = 0.01, iterations: int = 20, seed: int = 0
+    dense: Tensor,
+    target: Weight,
+    *,
+    hessian: Tensor,
+    damp: float = 0.1,
+    iterations: int = 20,
+    sweeps: int = 4,
+    seed: int = 0,
 ) -> Weight:
     """Codebooks and indices of one matrix [out, in], given `hessian` float32 [in, in].
 
-    `damp`: share of the mean diagonal that is added. `iterations` of k-means. The same for the same `seed`.
+    `damp`: share of the mean diagonal that is added. `iterations` of k-means. `sweeps`: further ones, each
+    with codebooks that fit the codes of the one before. The same for the same `seed`.
     """
     norm = target.tree if isinstance(target.tree, Scaled) else None
     ordered: Any = target.tree if norm is None else norm.child
@@ -85,6 +102,7 @@ def quantize(
             if len(part.books) > 1:
                 _fit(part, left, hessian, importance, 1, iterations, seed + number)
         _sweep(weight.clone(), factor, parts)
+    _improve(weight, hessian, factor, parts, sweeps)
     tree: Node = replace(
         columns, parts=tuple(_filled(own, part) for own, part in zip(columns.parts, parts, strict=True))
     )
@@ -93,6 +111,60 @@ def quantize(
     if norm is not None and scale is not None and bias is not None:
         tree = replace(norm, child=tree, scale=Values(scale), offset=Values(bias))
     return Weight(tree, target.dtype, target.activation)
+
+
+def _improve(weight: Tensor, hessian: Tensor, factor: Tensor, parts: list[_Part], sweeps: int) -> None:
+    """Codebooks by least squares for the codes, then a sweep with them, as long as that helps."""
+
+    def error() -> float:
+        wrong = torch.cat([part.value(len(weight)) for part in parts], 1) - weight
+        return float((wrong @ hessian * wrong).sum())
+
+    least, best = error(), [(list(part.tables), [own.clone() for own in part.codes]) for part in parts]
+    for number in range(2 * sweeps):
+        if number % 2 == 0:
+            _fit_tables(weight, hessian, parts)
+        else:
+            _sweep(weight.clone(), factor, parts)
+        now = error()
+        if now < least:
+            least, best = now, [(list(part.tables), [own.clone() for own in part.codes]) for part in parts]
+    for part, (tables, codes) in zip(parts, best, strict=True):
+        part.tables, part.codes = tables, codes
+
+
+def _fit_tables(weight: Tensor, hessian: Tensor, parts: list[_Part]) -> None:
+    """All codebooks together, rounded to the dtypes they are stored in."""
+    sizes = [table.numel() for part in parts for table in part.tables]
+
+    def matrix(numbers: Tensor) -> Tensor:
+        pieces, found = iter(numbers.split(sizes)), []
+        for part in parts:
+            tables = [next(pieces).view(table.shape) for table in part.tables]
+            found.append(part.value(len(weight), tables))
+        return torch.cat(found, 1)
+
+    def gradient(difference: Tensor) -> Tensor:
+        slope, found = difference @ hessian, []
+        for part in parts:
+            own = slope[:, part.start : part.stop]
+            vector = part.books[0].vector[0]
+            tiles = (
+                torch.nn.functional.pad(own, (0, 0, 0, -len(own) % vector)).unflatten(0, (-1, vector)).transpose(1, 2)
+            )
+            for table, codes in zip(part.tables, part.codes, strict=True):
+                sums = torch.zeros_like(table).index_add_(0, codes.flatten(), tiles.flatten(0, 1))
+                found.append(sums.flatten())
+        return torch.cat(found)
+
+    start = torch.cat([table.flatten() for part in parts for table in part.tables])
+    residual = gradient(weight - matrix(start))
+    numbers = iter(_vectors.fitted(start, residual, lambda step: gradient(matrix(step)), STEPS).split(sizes))
+    for part in parts:
+        part.tables = [
+            next(numbers).view(table.shape).to(book.tables.dtype).float()
+            for table, book in zip(part.tables, part.books, strict=True)
+        ]
 
 
 def _parts(columns: Columns, weight: Tensor) -> list[_Part]:

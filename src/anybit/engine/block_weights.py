@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybit import algorithms
-from anybit.engine.calibration import Calibrator, Observed
+from anybit.engine.calibration import Calibrator, Observed, listening
 from anybit.engine.load import Prepared
 from anybit.engine.materialize import covering, dense_part, oriented, set_tensor
 from anybit.engine.measuring import Ranges
@@ -44,6 +44,10 @@ class BlockWeights:
     plain: dict[str, Tensor] = field(default_factory=dict)
     made: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    rounded: dict[str, list[tuple[PlannedPart, Weight]]] | None = None  # by parameter, where they are to be refined
+    reached: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # tokens of each expert of a stack, where they were counted
 
     @property
     def enough(self) -> int:
@@ -76,6 +80,8 @@ class BlockWeights:
     def store(self, entry: Entry, part: PlannedPart, weight: Weight) -> Tensor:
         """Keep a unit's stored tensors; the dense weight that they stand for."""
         assert part.layout is not None
+        if self.rounded is not None:
+            self.rounded.setdefault(entry.slot.parameter, []).append((part, weight))
         stored = part.layout.encode(self.ranges.measured(entry, part, weight))
         self.made.update({join_name(part.prefix, name): tensor.cpu() for name, tensor in stored.items()})
         return part.layout.decode(stored).to_dense(torch.float32)
@@ -93,6 +99,31 @@ class BlockWeights:
             return algorithms.get(layout.algorithm)(dense, target_of(layout), **options)
         except AnybitError as error:
             raise located(error, part.prefix) from error.__cause__
+
+    def count(self, wanted: Mapping[str, Entry]) -> None:
+        """How many tokens each expert of the block's stacks gets, for algorithms that do not observe inputs one by one."""
+        stacks = {key: entry for key, entry in wanted.items() if entry.slot.kind == "experts"}
+        if not stacks:
+            return
+        self.reached = {key: [0] * entry.slot.shape[0] for key, entry in stacks.items()}
+
+        def add(entry: Entry, x: Tensor, expert: int | None) -> None:
+            self.reached[entry.slot.parameter][expert or 0] += len(x)
+
+        with listening(self.ready.model, stacks.values(), add):
+            for _ in self.calibrator.forward(self.number):
+                pass
+        for key, entry in stacks.items():
+            counts, few = self.reached[key], sum(own < self.enough for own in self.reached[key])
+            text = f"{min(counts)} to {max(counts)} tokens per expert"
+            if few:
+                text += f"; {few} of {len(counts)} experts saw fewer than {self.enough} and were rounded to nearest"
+            self.note(entry, text)
+
+    def is_cold(self, entry: Entry, expert: int | None) -> bool:
+        """Whether too few tokens reached an expert of a stack that was counted."""
+        counts = self.reached.get(entry.slot.parameter)
+        return counts is not None and expert is not None and counts[expert] < self.enough
 
     def note(self, entry: Entry, text: str) -> None:
         """Keep something that the plan is to say of a weight."""

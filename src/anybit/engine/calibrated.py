@@ -1,6 +1,6 @@
 """One decoder block after the other, calibrated: the jobs that make the tensors, and the rounding that sees a layer's inputs.
 
-dense block -> foldings (folding.py) -> rounding, here or trained (tuning.py) -> stored tensors (block_weights.py)
+dense block -> foldings (folding.py) -> rounding, here or trained -> refinement (tuning.py) -> stored tensors (block_weights.py)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from anybit.engine.materialize import assembled, oriented
 from anybit.engine.measuring import Ranges
 from anybit.engine.plan import Entry, PlannedPart, is_static, refuse_unmeasured
 from anybit.engine.quantize import copy_job
-from anybit.engine.tuning import tuned
+from anybit.engine.tuning import refined, tuned
 from anybit.engine.write import Job, Spec
 from anybit.errors import AnybitError, ConfigError, InvalidOption, NotRepresentable, located
 from anybit.weight import Layout, Weight
@@ -54,7 +54,7 @@ def calibrated_jobs(
             "out calibration"
         )
     steps = algorithms.steps(name) if name is not None else algorithms.Steps((), None)
-    options = rounding_options(ready.quantizer, name, algorithm_options)
+    options, refining = steps.split(rounding_options(ready.quantizer, name, algorithm_options))
     calibrator = Calibrator(ready, tokens, device, batch, work or Work())
     jobs: list[Job] = []
     covered: set[str] = set()
@@ -66,7 +66,7 @@ def calibrated_jobs(
         start = calibrator.names(number) + "."
         inside = {path: found for path, found in measurements.items() if path.startswith(start)}
         ranges = Ranges(entries, inside)
-        block = _Block(ready, calibrator, number, ranges, steps=steps, options=options, dtype=dtype)
+        block = _Block(ready, calibrator, number, ranges, steps=steps, options=options, refining=refining, dtype=dtype)
         specs: dict[str, Spec] = {}
         for entry in entries:
             for part in entry.parts:
@@ -98,6 +98,7 @@ class _Block(BlockWeights):
 
     steps: algorithms.Steps
     options: dict[str, Any]
+    refining: dict[str, Any]
     dtype: torch.dtype | None
     error: float | None = None
 
@@ -107,11 +108,13 @@ class _Block(BlockWeights):
 
     def make(self) -> dict[str, Tensor]:
         training = hasattr(self._rounding, "tune")
+        self.rounded = {} if self.steps.refinement is not None else None
         self.error = self.calibrator.run(
             self.number,
             self._round,
             fold=self._before if self.steps.foldings or self.ranges else None,
             train=self._tune if training else None,
+            refine=self._refine if self.steps.refinement is not None else None,
             observe=not training and self.steps.rounding is not None,
         )
         if self.steps.foldings:
@@ -119,7 +122,7 @@ class _Block(BlockWeights):
                 self.made.update(job.make())
         self.made.update(self.ranges.tensors(self.calibrator.entries(self.number)))
         self.ready.checkpoint.release()
-        made = dict(self.made)
+        made, self.rounded = dict(self.made), None
         for kept in (self.made, self.dense, self.plain):
             kept.clear()
         return made
@@ -204,6 +207,8 @@ class _Block(BlockWeights):
     def _before(self, wanted: Mapping[str, Entry]) -> None:
         """Foldings, then a pass that measures what static scales depend on."""
         if self.steps.foldings:
+            if self.steps.rounding is None:
+                self.count(wanted)
             Folding(self, self.steps.foldings, clips=self.steps.rounding is None).run(wanted)
         if self.ranges:
             with self.ranges.listening(self.ready.model):
@@ -213,4 +218,10 @@ class _Block(BlockWeights):
                 self.note(entry, f"its input measured on {self.calibrator.tokens.numel()} tokens")
 
     def _tune(self, wanted: Mapping[str, Entry], reference: Sequence[Tensor]) -> None:
+        self.count(wanted)
         tuned(self, self._rounding, self.options, wanted, reference)
+
+    def _refine(self, wanted: Mapping[str, Entry], reference: Sequence[Tensor]) -> None:
+        algorithm = algorithms.module(str(self.steps.refinement))
+        rounded, self.rounded = self.rounded or {}, None
+        refined(self, algorithm, self.refining, wanted, rounded, reference)

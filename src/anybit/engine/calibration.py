@@ -171,7 +171,7 @@ class Observed:
 Quantize = Callable[[Entry, "Mapping[int | None, Observed] | None"], Tensor]
 # fold(weights by parameter): rescales them, and what makes their inputs, in the loaded block
 Fold = Callable[[Mapping[str, Entry]], None]
-# train(weights by parameter, the dense block's outputs): quantizes them all and sets them in the loaded block
+# train(weights by parameter, the dense block's outputs): quantizes them all, or refines them, and sets them in the loaded block
 Train = Callable[[Mapping[str, Entry], Sequence[Tensor]], None]
 
 
@@ -267,12 +267,13 @@ class Calibrator:
         *,
         fold: Fold | None = None,
         train: Train | None = None,
+        refine: Train | None = None,
         observe: bool = True,
     ) -> float:
         """Calibrate and quantize one block, then move the samples on through its quantized form.
 
-        `fold` comes first. With `train`, it does what else `quantize` is called for weight by weight. `observe`: whether
-        `quantize` is told what the weight's inputs were. Gives |y' - y| / |y - x| of the first batch: of the block's output
+        `fold` comes first. With `train`, it does what else `quantize` is called for weight by weight; `refine` comes after all
+        weights are quantized. `observe`: whether `quantize` is told what the weight's inputs were. Gives |y' - y| / |y - x| of the first batch: of the block's output
         before and after, and its input.
         """
         if not self._begun:
@@ -284,14 +285,13 @@ class Calibrator:
         self._compute_buffers()
         wanted = {entry.slot.parameter: entry for entry in self.entries(number) if entry.action == "quantize"}
         before = next(self.forward(number)).float()
-        if train is not None:
+        if train is not None or refine is not None:
             outputs = self.work.states(number + 1, self.device, "reference")
             reference = outputs.fill(self.forward(number, self.reference))
         if fold is not None:
             fold(wanted)
         if train is not None:
             train(wanted, reference)
-            self.reference = reference
         else:
             for group in self._groups(number, wanted) if observe else [[entry] for entry in wanted.values()]:
                 seen = self._observed(group) if observe else None
@@ -300,6 +300,10 @@ class Calibrator:
                 for entry in group:
                     dense = quantize(entry, seen)
                     set_tensor(self.model, entry.slot.parameter, dense.to(self.ready.plan.dtype), self.device)
+        if refine is not None:
+            refine(wanted, reference)
+        if train is not None or refine is not None:
+            self.reference = reference
         lost = (next(self.forward(number)).float() - before).norm()
         error = float(lost / (before - self.hidden[0].float()).norm().clamp(min=1e-30))
         if number + 1 < len(self.blocks):

@@ -162,7 +162,8 @@ def sees_inputs(algorithm: str) -> bool:
     """Whether an algorithm rounds one matrix, given its inputs' second moments. InvalidOption for one that is not known."""
     steps = algorithms.steps(algorithm)
     run = None if steps.rounding is None else getattr(algorithms.module(steps.rounding), "quantize", None)
-    return not steps.foldings and run is not None and "hessian" in algorithms.accepted(run, {"hessian": None})
+    alone = not steps.foldings and steps.refinement is None
+    return alone and run is not None and "hessian" in algorithms.accepted(run, {"hessian": None})
 
 
 def _fingerprint(ready: Prepared, tokens: Tensor, algorithm: str | None) -> str:
