@@ -22,13 +22,13 @@ from anybit.weight.weight import same
 
 ROWS = 16
 generator = torch.Generator().manual_seed(0)
-DENSE = torch.randn(64, 64, generator=generator) * 0.02
+DENSE = torch.randn(256, 64, generator=generator) * 0.02
 X = torch.randn(ROWS, 32, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
 
 
 def rounded(config: Any) -> tuple[Any, Weight]:
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    layout = quantizer.layout_for(ModuleInfo("model.layers.0.a", "linear", (64, 64), "float16"))
+    layout = quantizer.layout_for(ModuleInfo("model.layers.0.a", "linear", (256, 64), "float16"))
     assert layout is not None, quantizer.skip_reasons
     name = quantizer.calibrated_algorithm
     options = algorithms.accepted(algorithms.get(name), {**layout.algorithm_options(), "hessian": torch.eye(64)})
@@ -42,7 +42,7 @@ def error_of(tuned: finetune.Tuned) -> Any:
 @pytest.mark.parametrize(
     ("config", "share"),
     [
-        (AqlmConfig(num_codebooks=1, nbits_per_codebook=4), 0.8),
+        (AqlmConfig(num_codebooks=1, nbits_per_codebook=4), 0.96),
         (GPTQConfig(bits=2, group_size=32), 0.9),
         (HiggsConfig(bits=2, group_size=64, hadamard_size=64), 0.99),
         (SpQRConfig(), 0.95),
@@ -135,6 +135,6 @@ def test_blocks_come_closer_on_other_data_at_the_same_size(
         wrong = [
             float((anybit.load(tmp_path / name, dtype="float32")(ids[32:]).logits - wanted).norm()) for name in "ab"
         ]
-    assert wrong[1] < 0.95 * wrong[0]
+    assert wrong[1] < 0.97 * wrong[0]
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in "ab"]
     assert sizes[0] == sizes[1]

@@ -136,8 +136,8 @@ def test_data_helps_and_both_beat_rounding(config: Any, layer: tuple[torch.Tenso
     _, calibrated = made(config, dense, hessian)
     _, blind = made(config, dense, torch.eye(len(hessian)))  # inputs of which nothing is known
     found = [loss(own.to_dense("float32"), dense, hessian) for own in (calibrated, blind)]
-    assert found[0] < 0.5 * found[1]
-    assert found[1] < 0.5 * loss(rounded(dense, 2, 64), dense, hessian)  # 2.5 bits a weight, ours 2.3 with its tables
+    assert found[0] < 0.75 * found[1]
+    assert found[1] < 0.6 * loss(rounded(dense, 2, 64), dense, hessian)  # 2.5 bits a weight, these 1.5 and their tables
 
 
 @pytest.mark.parametrize(("books", "bits", "high", "wide"), [(1, 6, 1, 8), (3, 4, 2, 4), (2, 5, 4, 2)])
@@ -146,8 +146,8 @@ def test_aqlm_of_any_shape_improves_on_where_it_starts(
 ) -> None:
     dense, hessian = layer
     config = AqlmConfig(wide, high, books, bits)
-    _, start = made(config, dense, hessian, passes=0)
-    _, end = made(config, dense, hessian, passes=2)
+    _, start = made(config, dense, hessian, passes=0, damp=0.01)
+    _, end = made(config, dense, hessian, passes=2, damp=0.01)
     assert loss(end.to_dense("float32"), dense, hessian) < 0.8 * loss(start.to_dense("float32"), dense, hessian)
 
 

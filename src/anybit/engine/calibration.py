@@ -273,8 +273,8 @@ class Calibrator:
         """Calibrate and quantize one block, then move the samples on through its quantized form.
 
         `fold` comes first. With `train`, it does what else `quantize` is called for weight by weight; `refine` comes after all
-        weights are quantized. `observe`: whether `quantize` is told what the weight's inputs were. Gives |y' - y| / |y - x| of the first batch: of the block's output
-        before and after, and its input.
+        weights are quantized. `observe`: whether `quantize` is told what the weight's inputs were. Gives |y' - y| / |y - x| of
+        the first batch: of the block's output before and after, and its input.
         """
         if not self._begun:
             self.begin(number)

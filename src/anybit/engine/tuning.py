@@ -1,5 +1,6 @@
-"""Training a block's weights against what the dense block gives: how they are rounded (AutoRound), or what is continuous in rounded
-ones (finetune); and storing the result."""
+"""Training a block's weights against what the dense block gives, and storing the result: how they are rounded (AutoRound), or
+what is continuous in rounded ones (finetune).
+"""
 
 from __future__ import annotations
 
