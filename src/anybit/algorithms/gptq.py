@@ -46,7 +46,9 @@ def quantize(
 ) -> Weight:
     """Codes of `target`'s grid for one matrix [out, in], given `hessian` float32 [in, in].
 
-    `damp`: share of the mean diagonal that is added to it, and `damp_increment` more until there is a factor. `order`:
+    `damp`: share of the mean diagonal that is added to it, and `damp_increment` more until there is a factor; at two bits with
+    few tokens more of it keeps errors on other text smaller (0.3 instead of 0.05 with 6144 tokens of examples/tiny-llama in
+    MLX's groups of 64: KL 0.121 instead of 0.138). `order`:
     "natural"; "groups": groups of large inputs first, and large inputs first inside a group (gptqmodel's act_group_aware);
     "columns": large inputs first, groups named by an index (desc_act; the target needs one, unless `static_groups` finds
     scales and zeros of the stored groups before anything is rounded). `mse`: an exponent (2.4 is usual); of ranges shrunk by

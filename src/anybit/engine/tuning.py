@@ -113,7 +113,7 @@ def _finished(weights: BlockWeights, entry: Entry, part: PlannedPart, own: list[
     can_be_rounded = part.layout.algorithm is not None
     if dense.dim() == 2:
         cold = can_be_rounded and weights.is_cold(entry, part.index[0])
-        return weights.nearest(part, dense) if cold else own[0].weight()  # type: ignore[no-any-return]
+        return weights.nearest(part, dense) if cold else own[0].weight()
     numbers = [number for number in range(len(own)) if can_be_rounded and weights.is_cold(entry, number)]
     nearest = weights.nearest(part, dense) if numbers else None
     made = [
@@ -133,9 +133,9 @@ def refined(
 ) -> None:
     """Train what is continuous in the block's `rounded` weights (by parameter) against its dense outputs, and store it anew."""
     trained: dict[str, list[tuple[PlannedPart, Any]]] = {}
-    for key, parts in rounded.items():
+    for key, units in rounded.items():
         trained[key] = []
-        for part, weight in parts:
+        for part, weight in units:
             assert part.layout is not None
             fixed = (
                 "grid" in part.layout.algorithm_options()
