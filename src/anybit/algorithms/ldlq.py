@@ -7,9 +7,9 @@
 Scales come from each group's length first, then by least squares for the codes they led to, and the sweep is repeated with
 those. The best of all sweeps is kept row by row; rows do not touch each other.
 
-What it does not repair: errors of one block that the next ones enlarge. With two bits in examples/tiny-llama every block alone comes
-1.4 to 3 times closer to the dense model than without data (KL of the six, summed: 0.170 -> 0.097), all of them together hardly
-(0.111 -> 0.109). "ldlq+finetune" trains the scales of a block against what the dense blocks give.
+What it does not repair: errors of one block that the next ones enlarge. With two bits in examples/tiny-llama every block alone
+comes 1.4 to 3 times closer to the dense model than without data (KL of the six, summed: 0.170 -> 0.097), all of them together
+hardly (0.111 -> 0.109). "ldlq+finetune" trains the scales of a block against what the dense blocks give.
 """
 
 from __future__ import annotations
