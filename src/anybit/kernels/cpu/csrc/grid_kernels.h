@@ -420,6 +420,9 @@ static const Tiles& tiles_of(const anybit_shape* s, const anybit_tensors* t, con
 
 static void multiply(const anybit_shape* s, const anybit_tensors* t, const anybit_product* p, const Input* in,
                      int64_t first_row, int64_t last_row) {
+#ifdef ANYBIT_VBMI
+  if (has_half_tables(s)) return multiply_halves(s, t, p, in, first_row, last_row);
+#endif
   const Tiles& tiles = tiles_of(s, t, p);
   const Product q = {s, t, p, in, read_levels(s, t)};
   for (int64_t row = first_row; row < last_row;) {

@@ -163,9 +163,20 @@ static const LevelBlock* const TABLE_BLOCKS[5] = {nullptr, TableBlocks<1>::by_ro
                                                   TableBlocks<3>::by_rounding, TableBlocks<4>::by_rounding};
 static const WeighBlock WEIGH_BLOCKS[3] = {weigh_block<0>, weigh_block<1>, weigh_block<2>};
 
+}  // namespace
+
+#include "grid_halves.h"
+
+namespace {
+
 // Weights of columns start .. stop, `out` with room for BLOCK floats; zeros up to the next multiple of LANES.
 static void weights_of(const anybit_shape* s, const anybit_tensors* t, const Levels& levels, int64_t row, int64_t start,
                        int64_t stop, float* out) {
+#ifdef ANYBIT_VBMI
+  if (has_half_tables(s)) {
+    (s->bits == 2 ? half_block<2> : half_block<3>)(s, t, row, start, stop, out);
+  } else
+#endif
   if (s->bits <= 4 && wide_group(s, LANES)) {
     TABLE_BLOCKS[s->bits][s->compute](s, t, levels, row, start, stop, out);
   } else {
