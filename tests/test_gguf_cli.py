@@ -45,7 +45,7 @@ def test_an_importance_matrix_is_made_and_used(cli: Any, little: Path, tmp_path:
     arguments = ["imatrix", little, "--calib", TEXT, "-o", file, "--samples", 2, "--sequence-length", 32]
     code, out, err = cli(*arguments, "-q")
     assert (code, err) == (0, "")
-    assert re.search(r"^written +.*im\.gguf$", out, re.MULTILINE)
+    assert re.search(r"^written.*im\.gguf", "".join(out.split()))  # a long path is folded
     with Checkpoint.open(file) as matrix:
         assert matrix.values["imatrix.chunk_count"] == 2
         assert matrix.tensors["blk.0.ffn_down.weight.in_sum2"].shape == (1, 768)

@@ -175,7 +175,9 @@ def test_what_transformers_loads_with_random_weights(variant: str) -> None:
     dense = reference[f"dense.{name}"]
     assert (wrong - dense).abs().max() > 0.5 * dense.abs().max()
     assert (right - dense).abs().max() <= 0.01 * dense.abs().max()
-    assert (logits(ours, golden).float() - reference["logits"]).abs().max() < 0.02
+    # of logits up to 3.3 in bfloat16, the vendor's are 0.045 away from what float32 gives, and ours 0.04
+    limit = 0.06 if reference["logits"].dtype == torch.bfloat16 or variant.endswith("bf16") else 0.02
+    assert (logits(ours, golden).float() - reference["logits"]).abs().max() < limit
     assert (theirs(reference["input_ids"]).logits.float() - reference["logits"]).abs().max() > 0.2
 
 

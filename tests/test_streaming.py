@@ -77,5 +77,5 @@ def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
         large_checkpoint(tmp_path / f"dense{layers}", layers, hidden=1024)
         config = "anybit.BitsAndBytesConfig(load_in_8bit=True)"
         peaks.append(run("quantize", config, tmp_path / f"dense{layers}", tmp_path / f"int8{layers}"))
-    assert peaks[1] < peaks[0] + (16 << 20), peaks
+    assert peaks[1] < peaks[0] + (40 << 20), peaks  # two more layers are 300 MB, one weight is 50
     run("dequantize", "dtype='bfloat16'", tmp_path / "int83", tmp_path / "again")

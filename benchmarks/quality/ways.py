@@ -97,6 +97,13 @@ def _named() -> Iterator[Way]:
     yield Way("spqr, calibrated", 3, "SpQRConfig", {}, "spqr")
     yield Way("aqlm-2x8, calibrated", 2, "scheme aqlm-2x8", {}, "aqlm")
     yield Way("vptq-v8-k256-256, calibrated", 2, "scheme vptq-v8-k256-256", {}, "vptq")
+    yield Way("aqlm-2x8, fine-tuned", 2, "scheme aqlm-2x8", {}, "aqlm+finetune")
+    yield Way("vptq-v8-k256-256, fine-tuned", 2, "scheme vptq-v8-k256-256", {}, "vptq+finetune")
+    for bits in (3, 2):
+        plain = {"bits": bits, "group_size": GROUP}
+        yield Way("gptq, mse 2.4, fine-tuned", bits, "GPTQConfig", plain, "gptq+finetune", {"mse": 2.4})
+    damped = {"mse": 2.4, "damp": 0.3}
+    yield Way("mlx gptq, mse 2.4, damp 0.3", 2, "MetalConfig", {**plain, "mode": "affine"}, "gptq", damped)
 
 
 def _theirs() -> Iterator[Way]:
@@ -136,7 +143,7 @@ def _theirs() -> Iterator[Way]:
 def _order(way: Way) -> tuple[int, int]:
     if not way.algorithm and not way.peer:
         return 0, way.bits
-    trained = "autoround" in way.name or way.name.startswith(("aqlm", "vptq"))
+    trained = "autoround" in way.name or "fine-tuned" in way.name or way.name.startswith(("aqlm", "vptq"))
     return 3 if way.bits == 8 else 2 if trained else 1, way.bits
 
 
