@@ -180,11 +180,11 @@ def test_damage_is_named(row: str, tmp_path: Path) -> None:
     )
     change(folder)
     before = contents(folder)
-    start = time.process_time()
+    start = time.perf_counter()
     with pytest.raises(error, match=words) as caught:
         anybit.load(folder)
     assert (
-        time.process_time() - start < 10
+        time.perf_counter() - start < 10
     )  # a second on a quiet machine; far less than reading terabytes that are not there
     assert len(str(caught.value)) < 3000
     assert contents(folder) == before

@@ -36,10 +36,10 @@ def refused(tmp_path: Path, content: bytes, *words: str, error: type[Exception] 
     """The file is refused within a second and a few megabytes, by an error that holds `words` and the file's name."""
     (tmp_path / "bad.gguf").write_bytes(content)
     tracemalloc.start()
-    before = time.process_time()
+    before = time.perf_counter()
     with pytest.raises(error) as caught:
         Checkpoint.open(tmp_path / "bad.gguf")
-    took, (_, peak) = time.process_time() - before, tracemalloc.get_traced_memory()
+    took, (_, peak) = time.perf_counter() - before, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert took < 1, f"took {took:.1f} s"
     assert peak < (8 << 20) + 8 * len(content), f"took {peak >> 20} MB for {len(content)} bytes"
@@ -267,10 +267,10 @@ def test_a_header_of_gigabytes_costs_nothing(tmp_path: Path) -> None:
     with open(tmp_path / "bad.gguf", "wb") as file:
         file.write(head)
         file.truncate(20 << 30)
-    before = time.process_time()
+    before = time.perf_counter()
     with pytest.raises(CorruptFile, match="header goes on"):
         Checkpoint.open(tmp_path / "bad.gguf")
-    assert time.process_time() - before < 1
+    assert time.perf_counter() - before < 1
 
 
 def test_other_formats_under_the_name(tmp_path: Path) -> None:
@@ -315,10 +315,10 @@ def test_fuzz_headers(tmp_path: Path, data: st.DataObject) -> None:
         else:
             del content[place : place + len(damage)]
     (tmp_path / "fuzz.gguf").write_bytes(bytes(content) or b"\0")
-    before = time.process_time()
+    before = time.perf_counter()
     with contextlib.suppress(AnybitError):  # any other error fails the test
         checkpoint = Checkpoint.open(tmp_path / "fuzz.gguf")
         for name, info in checkpoint.tensors.items():
             assert info.offset + info.nbytes <= len(content)
             assert checkpoint.read(name).nbytes == info.nbytes
-    assert time.process_time() - before < 1
+    assert time.perf_counter() - before < 1

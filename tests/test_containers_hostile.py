@@ -150,11 +150,11 @@ def open_and_read(path: Path) -> None:
 def opened_quickly(path: Path) -> CheckpointError:
     """The error of opening and reading everything, with proof that it took little time and memory."""
     tracemalloc.start()
-    began = time.process_time()
+    began = time.perf_counter()
     try:
         with pytest.raises(CheckpointError) as caught:
             open_and_read(path)
-        assert time.process_time() - began < SECONDS
+        assert time.perf_counter() - began < SECONDS
         assert tracemalloc.get_traced_memory()[1] < MEGABYTES << 20
     finally:
         tracemalloc.stop()
@@ -326,10 +326,10 @@ def test_a_sparse_file_with_a_large_header_is_refused_quickly(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 90_000_000) + b'{"w":' + W.encode())
         file.truncate(1 << 40)
-    began = time.process_time()
+    began = time.perf_counter()
     with pytest.raises(CorruptFile, match="comma or the end"):
         Checkpoint.open(path)
-    assert time.process_time() - began < SECONDS
+    assert time.perf_counter() - began < SECONDS
 
 
 def test_memory_stays_near_the_header_size_for_a_header_that_would_explode(tmp_path):

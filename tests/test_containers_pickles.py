@@ -277,10 +277,10 @@ def test_refused(tmp_path, monkeypatch, content, kind, says):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.bin"
     path.write_bytes(content)
-    began = time.process_time()
+    began = time.perf_counter()
     with pytest.raises(kind) as caught:
         open_and_read(path)
-    assert time.process_time() - began < 5
+    assert time.perf_counter() - began < 5
     for text in ["model.bin", *says]:
         assert text in str(caught.value)
     assert len(str(caught.value)) < 1000

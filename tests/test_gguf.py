@@ -353,12 +353,12 @@ def test_a_template_is_text(tmp_path: Path) -> None:
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": byte_tokens,
         "tokenizer.ggml.merges": (g.ARRAY, (g.STRING, [])), "tokenizer.chat_template": bomb,
     })  # fmt: skip
-    before = time.process_time()
+    before = time.perf_counter()
     assert anybit.AutoTokenizer.from_pretrained(file).chat_template == bomb
     model: Any = anybit.load(file)
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == bomb
-    assert time.process_time() - before < 20
+    assert time.perf_counter() - before < 20
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -427,10 +427,10 @@ NAN = struct.pack("<f", float("nan"))
 ])  # fmt: skip
 def test_metadata_that_contradicts_the_file(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     file = changed(tmp_path, change)
-    before = time.process_time()
+    before = time.perf_counter()
     with pytest.raises(AnybitError, match=words):
         anybit.plan(file)
-    assert time.process_time() - before < 5
+    assert time.perf_counter() - before < 5
     problems = anybit.inspect(file).problems
     assert problems, "inspect saw nothing wrong"
 

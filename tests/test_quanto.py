@@ -175,10 +175,19 @@ def test_what_transformers_loads_with_random_weights(variant: str) -> None:
     dense = reference[f"dense.{name}"]
     assert (wrong - dense).abs().max() > 0.5 * dense.abs().max()
     assert (right - dense).abs().max() <= 0.01 * dense.abs().max()
-    # of logits up to 3.3 in bfloat16, the vendor's are 0.045 away from what float32 gives, and ours 0.04
-    limit = 0.06 if reference["logits"].dtype == torch.bfloat16 or variant.endswith("bf16") else 0.02
-    assert (logits(ours, golden).float() - reference["logits"]).abs().max() < limit
     assert (theirs(reference["input_ids"]).logits.float() - reference["logits"]).abs().max() > 0.2
+    found = logits(ours, golden).float()
+    if not variant.endswith("bf16"):
+        assert (found - reference["logits"]).abs().max() < 0.02
+        return
+    # two ways through bfloat16 differ by their roundings; float32 with the vendor's weights says which is closer
+    theirs = theirs.float()
+    with torch.no_grad():
+        for key, weight in reference.items():
+            if key.startswith("dense."):
+                theirs.get_submodule(key[len("dense.") :]).weight.copy_(weight)
+        exact = theirs(reference["input_ids"]).logits
+    assert (found - exact).norm() < 1.05 * (reference["logits"].float() - exact).norm()
 
 
 def without_map(variant: str, tmp_path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Quantizing file to file takes the memory of one weight: 8 GB of weights under an address space of 2 GB."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,8 @@ def run(verb: str, arguments: str, src: Path, dst: Path) -> int:
     done = subprocess.run(
         [sys.executable, "-c", CHILD.format(verb=verb, arguments=arguments), str(src), str(dst), str(LIMIT_BYTES)],
         capture_output=True, text=True, timeout=1200,
+        # what is freed goes back to the system: glibc may otherwise keep a weight or two, by how its heap happens to lie
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout.split()[-1])
@@ -77,5 +80,5 @@ def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
         large_checkpoint(tmp_path / f"dense{layers}", layers, hidden=1024)
         config = "anybit.BitsAndBytesConfig(load_in_8bit=True)"
         peaks.append(run("quantize", config, tmp_path / f"dense{layers}", tmp_path / f"int8{layers}"))
-    assert peaks[1] < peaks[0] + (40 << 20), peaks  # two more layers are 300 MB, one weight is 50
+    assert peaks[1] < peaks[0] + (16 << 20), peaks
     run("dequantize", "dtype='bfloat16'", tmp_path / "int83", tmp_path / "again")
